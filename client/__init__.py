@@ -1,0 +1,1 @@
+"""What applications import. Needs grpcio and protobuf, nothing else; may import `proto` only."""

@@ -1,0 +1,1 @@
+"""Launch, watch and measure a cluster; the command line. The composition root: may import everything."""

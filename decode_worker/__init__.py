@@ -1,0 +1,1 @@
+"""Tickets in, tokens out. May import `engine`, `kv_transfer` and `proto`."""

@@ -1,0 +1,1 @@
+"""Run a transformers causal LM over a paged KV pool. May import `pdserve.proto` only."""

@@ -1,0 +1,1 @@
+"""Move KV blocks from one worker to another. May import `pdserve.proto` only."""
