@@ -375,18 +375,6 @@ class WatchRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
-class RouterInfo(_message.Message):
-    __slots__ = ("address", "metrics_address", "state", "detail")
-    ADDRESS_FIELD_NUMBER: _ClassVar[int]
-    METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
-    STATE_FIELD_NUMBER: _ClassVar[int]
-    DETAIL_FIELD_NUMBER: _ClassVar[int]
-    address: str
-    metrics_address: str
-    state: str
-    detail: str
-    def __init__(self, address: _Optional[str] = ..., metrics_address: _Optional[str] = ..., state: _Optional[str] = ..., detail: _Optional[str] = ...) -> None: ...
-
 class StatusRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
@@ -400,13 +388,11 @@ class WorkerStatus(_message.Message):
     def __init__(self, member: _Optional[_Union[FleetMember, _Mapping]] = ..., load: _Optional[_Union[WorkerLoad, _Mapping]] = ...) -> None: ...
 
 class StatusResponse(_message.Message):
-    __slots__ = ("name", "model", "workers", "router")
+    __slots__ = ("name", "model", "workers")
     NAME_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     WORKERS_FIELD_NUMBER: _ClassVar[int]
-    ROUTER_FIELD_NUMBER: _ClassVar[int]
     name: str
     model: str
     workers: _containers.RepeatedCompositeFieldContainer[WorkerStatus]
-    router: RouterInfo
-    def __init__(self, name: _Optional[str] = ..., model: _Optional[str] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., router: _Optional[_Union[RouterInfo, _Mapping]] = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., model: _Optional[str] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ...) -> None: ...

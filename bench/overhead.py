@@ -1,0 +1,200 @@
+"""What the cluster adds to the engine: TTFT and TPOT through router, workers and hand-off against the engine alone.
+
+    python bench/overhead.py [--json] [--rounds N]
+
+Both sides run the same checkpoint, the same prompts and one torch thread pinned to one core; the engine alone runs in a
+process of its own while the cluster idles, and the two take turns, so that a slow moment hits both. Rows: see `rows`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from pdserve.client import AsyncClient
+from pdserve.cluster import state
+from pdserve.engine.config import EngineConfig
+from pdserve.engine.engine import build_engine
+from pdserve.engine.sequence import Sequence
+from pdserve.proto.types import HandoffId, SamplingParams, WorkerRequest
+
+PROMPT_TOKENS = 64
+NUM_STREAMS = 8
+OUTPUT_TOKENS = 64
+VOCAB_SIZE = 32_000
+DEMO_MODEL = Path(__file__).parent.parent / "deploy" / "models" / "demo"
+PDSERVE = (sys.executable, "-m", "pdserve.cluster.cli")
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One round: first-token times of lone requests, and tokens' spacing with `NUM_STREAMS` at once."""
+
+    ttft_ms: list[float]
+    tpot_ms: list[float]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="one JSON object per row")
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--direct", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.direct is not None:
+        print(json.dumps(measure_engine(arguments.direct)))
+        return
+    for row in rows(arguments.rounds):
+        print(json.dumps(row) if arguments.json else f"{row['name']:>22} {row['value']:>10} {row['unit']:<9} {row['note']}")
+
+
+def rows(rounds: int) -> Iterator[dict[str, object]]:
+    """Measure everything; one row each."""
+    with tempfile.TemporaryDirectory(prefix="pdserve-bench-") as folder:
+        model = Path(folder) / "llama-60m"
+        save_60m_model(model)
+        with cluster("bench-60m", model) as endpoint:
+            pairs = [(asyncio.run(measure_cluster(endpoint)), run_direct(model)) for _ in range(rounds)]
+    ttft_cluster, ttft_direct = (pooled(pairs, side, "ttft_ms") for side in (0, 1))
+    tpot_cluster, tpot_direct = (pooled(pairs, side, "tpot_ms") for side in (0, 1))
+    added_ms, ratio = ttft_cluster - ttft_direct, tpot_cluster / tpot_direct
+    note = f"cluster {ttft_cluster:.1f} ms, engine alone {ttft_direct:.1f} ms; {PROMPT_TOKENS}-token prompts, one at a time"
+    yield row("ttft_added_ms_p50", added_ms, "ms", 10.0, added_ms <= 10.0, note)
+    note = f"cluster {tpot_cluster:.1f} ms, engine alone {tpot_direct:.1f} ms; {NUM_STREAMS} streams"
+    yield row("tpot_ratio_c8", ratio, "ratio", 1.10, ratio <= 1.10, note)
+    with cluster("bench-demo", DEMO_MODEL) as endpoint:
+        rate = asyncio.run(measure_throughput(endpoint))
+    yield row("stream_tokens_per_s", rate, "tokens/s", None, None, "demo model, 32 streams of 128 tokens, 1P1D")
+
+
+def row(
+    name: str, value: float, unit: str, target: float | None, ok: bool | None, note: str
+) -> dict[str, object]:
+    return {"name": name, "value": round(value, 3), "unit": unit, "target": target, "ok": ok, "note": note}
+
+
+def pooled(pairs: list[tuple[Sample, Sample]], side: int, field: str) -> float:
+    """Median over all rounds."""
+    return statistics.median(value for pair in pairs for value in getattr(pair[side], field))
+
+
+def save_60m_model(folder: Path) -> None:
+    """A random Llama of about 60 million parameters, tied embeddings, fp32."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=640,
+        intermediate_size=1728,
+        num_hidden_layers=9,
+        num_attention_heads=10,
+        num_key_value_heads=5,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+@contextmanager
+def cluster(name: str, model: Path) -> Iterator[str]:
+    """One prefill and one decode worker, one core each where there are two; their endpoint."""
+    name = f"{name}-{os.getpid()}"
+    settings = ["--set", f"name={name}", "--set", f"model={model}"]
+    settings += ["--set", "prefill.cores=1", "--set", "decode.cores=1"]
+    subprocess.run([*PDSERVE, "up", *settings, "--detach"], check=True, stdout=subprocess.DEVNULL)
+    try:
+        yield state.require(name).endpoint
+    finally:
+        subprocess.run([*PDSERVE, "down", "--name", name], check=True, stdout=subprocess.DEVNULL)
+
+
+def prompts(count: int, seed: int) -> list[list[int]]:
+    generator = random.Random(seed)
+    return [[generator.randrange(3, VOCAB_SIZE) for _ in range(PROMPT_TOKENS)] for _ in range(count)]
+
+
+async def measure_cluster(endpoint: str) -> Sample:
+    async with AsyncClient(endpoint) as client:
+        await one_stream(client, prompts(1, 99)[0], 4)  # connections, first-use costs
+        lone = [await one_stream(client, prompt, 4) for prompt in prompts(12, 1)]
+        crowd = await asyncio.gather(*(one_stream(client, prompt, OUTPUT_TOKENS) for prompt in prompts(NUM_STREAMS, 2)))
+    return Sample([ttft for ttft, _ in lone], [tpot for _, tpot in crowd])
+
+
+async def one_stream(client: AsyncClient, prompt: list[int], max_tokens: int) -> tuple[float, float]:
+    """TTFT and TPOT of one request, in ms, as its client sees them."""
+    sent_s = time.perf_counter()
+    moments: list[float] = []
+    num_tokens = 0
+    async with client.stream(prompt, max_tokens=max_tokens, temperature=0.0, ignore_eos=True) as stream:
+        async for delta in stream:
+            moments.append(time.perf_counter())
+            num_tokens += len(delta.token_ids)
+    assert num_tokens == max_tokens
+    return (moments[0] - sent_s) * 1e3, (moments[-1] - moments[0]) * 1e3 / (num_tokens - 1)
+
+
+async def measure_throughput(endpoint: str) -> float:
+    """Output tokens per second over 32 streams."""
+    async with AsyncClient(endpoint) as client:
+        await client.generate([5, 6, 7], max_tokens=8, ignore_eos=True)
+        generator = random.Random(3)
+        work = [[generator.randrange(10, 4000) for _ in range(32)] for _ in range(32)]
+        started_s = time.perf_counter()
+        await asyncio.gather(*(client.generate(prompt, max_tokens=128, temperature=0.0, ignore_eos=True) for prompt in work))
+        return 32 * 128 / (time.perf_counter() - started_s)
+
+
+def run_direct(model: Path) -> Sample:
+    """The engine alone in a process of its own, on the last core, where the decode worker sits."""
+    command = [sys.executable, __file__, "--direct", str(model)]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return Sample(**json.loads(output.splitlines()[-1]))
+
+
+def measure_engine(model: Path) -> dict[str, list[float]]:
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    torch.set_num_threads(1)
+    engine = build_engine(model, EngineConfig(kv_cache_memory_bytes=128 << 20))
+
+    def run(batch: list[list[int]], max_tokens: int) -> list[tuple[float, float]]:
+        started_s = time.perf_counter()
+        sequences = [Sequence(request(prompt, max_tokens), started_s) for prompt in batch]
+        for sequence in sequences:
+            engine.add(sequence)
+        while engine.has_work:
+            engine.step(time.perf_counter)
+        times = []
+        for sequence in sequences:
+            assert sequence.first_token_s is not None
+            assert sequence.last_token_s is not None
+            spread_s = sequence.last_token_s - sequence.first_token_s
+            times.append(((sequence.first_token_s - started_s) * 1e3, spread_s * 1e3 / (max_tokens - 1)))
+        return times
+
+    run(prompts(1, 99), 4)
+    lone = [run([prompt], 4)[0] for prompt in prompts(12, 1)]
+    crowd = run(prompts(NUM_STREAMS, 2), OUTPUT_TOKENS)
+    return {"ttft_ms": [ttft for ttft, _ in lone], "tpot_ms": [tpot for _, tpot in crowd]}
+
+
+def request(prompt: list[int], max_tokens: int) -> WorkerRequest:
+    handoff = HandoffId(f"bench-{random.getrandbits(64):x}", 0, 1)
+    return WorkerRequest(handoff, tuple(prompt), SamplingParams(max_tokens=max_tokens, temperature=0.0), 600.0)
+
+
+if __name__ == "__main__":
+    main()

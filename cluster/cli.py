@@ -1,0 +1,77 @@
+"""The command line: `pdserve up | down | status | generate | chat | bench`.
+
+Each verb lives in a module of its own; here they are named and put behind one seam that turns errors into one line
+and an exit code: 0 done, 1 failed, 2 wrong usage, configuration or input. Never a traceback.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from pdserve.cluster import launch, state
+from pdserve.cluster.bench_command import bench
+from pdserve.cluster.chat_command import chat
+from pdserve.cluster.config import DEFAULT_CONFIG, load_config
+from pdserve.cluster.errors_seam import one_line_errors
+from pdserve.cluster.generate_command import generate
+from pdserve.cluster.status_command import status
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+def main() -> None:
+    app()
+
+
+@app.command()
+@one_line_errors
+def up(
+    config: Annotated[Path, typer.Option("--config", "-c", help="Cluster configuration (YAML).")] = DEFAULT_CONFIG,
+    override: Annotated[list[str] | None, typer.Option("--set", help="section.key=value; may be repeated.")] = None,
+    detach: Annotated[bool, typer.Option("--detach", help="Return once it serves; stop it with `pdserve down`.")] = False,
+) -> None:
+    """Start a cluster; without --detach, keep it up until Ctrl-C."""
+    settings = load_config(config, override or [])
+    console = Console(stderr=True)
+    with console.status("starting") as spinner:
+        cluster, head = launch.start(settings, lambda text: spinner.update(text))
+    typer.echo(cluster.endpoint if detach else f"serving {cluster.model} at {cluster.endpoint}; Ctrl-C stops it")
+    if not detach:
+        _hold(cluster, head)
+
+
+@app.command()
+@one_line_errors
+def down(
+    name: Annotated[str, typer.Option(help="Cluster name.")] = "local",
+) -> None:
+    """Stop a running cluster and everything it started."""
+    launch.stop(name)
+    typer.echo(f"{name} is down")
+
+
+def _hold(cluster: state.ClusterState, head: subprocess.Popen[bytes]) -> None:
+    """Until Ctrl-C, SIGTERM, or the head's own end."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        code = head.wait()
+        raise typer.Exit(0 if code == 0 else 1)
+    except KeyboardInterrupt:
+        if not launch.stop_process(head.pid):
+            raise typer.Exit(1) from None
+        typer.echo(f"{cluster.name} is down")
+
+
+app.command()(one_line_errors(status))
+app.command()(one_line_errors(generate))
+app.command()(one_line_errors(chat))
+app.command()(one_line_errors(bench))
+
+if __name__ == "__main__":
+    main()

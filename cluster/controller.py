@@ -1,0 +1,188 @@
+"""The controller: starts the workers, watches them, and is the only writer of the fleet.
+
+A detached Ray actor with a gRPC server (`pdserve.internal.v1.Controller`). Routers watch the fleet from it and keep the last
+known one when it goes away: no request, token or KV byte passes through here.
+
+    worker:  starting --start() returned--> ready --run() ended or the process died--> dead
+
+Replacing dead workers comes with the supervisor; today a dead worker stays listed as dead.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import ray
+from ray.exceptions import RayActorError
+
+from pdserve.cluster.config import ClusterConfig
+from pdserve.cluster.placement import WorkerPlan
+from pdserve.cluster.registry import Member, MemberState, Registry
+from pdserve.cluster.worker import WorkerSpec
+from pdserve.cluster.worker_actor import Failure, WorkerActor
+from pdserve.proto import wire
+from pdserve.proto import worker_pb2 as pb
+from pdserve.proto import worker_pb2_grpc as pb_grpc
+from pdserve.proto.errors import Unavailable
+from pdserve.proto.types import WorkerInfo
+
+logger = logging.getLogger(__name__)
+LOAD_TIMEOUT_S = 2.0
+STOP_TIMEOUT_S = 5.0
+
+
+class Controller(pb_grpc.ControllerServicer):
+    """Owner of the registry and of the worker actors."""
+
+    def __init__(self, config: ClusterConfig, plans: list[WorkerPlan], namespace: str, private_ray: bool) -> None:
+        self._config = config
+        self._plans = plans
+        self._namespace = namespace
+        self._private_ray = private_ray
+        self._registry = Registry()
+        self._changed = asyncio.Condition()
+        self._actors: dict[str, Any] = {}
+        self._watchers: set[asyncio.Task[None]] = set()
+        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._server: grpc.aio.Server | None = None
+
+    async def serve(self) -> str:
+        """Start the gRPC server; its address."""
+        self._server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        pb_grpc.add_ControllerServicer_to_server(self, self._server)
+        host = self._config.router.host
+        port = self._server.add_insecure_port(f"{host}:0")
+        await self._server.start()
+        return f"{host}:{port}"
+
+    async def launch(self) -> Failure | None:
+        """Start every worker; the first failure, if any."""
+        results = await asyncio.gather(*(self._launch_one(plan) for plan in self._plans))
+        return next((result for result in results if result is not None), None)
+
+    async def stop(self) -> None:
+        """Stop every worker and the server. Idempotent."""
+        for task in self._watchers:
+            task.cancel()
+        await asyncio.gather(*(self._stop_one(actor) for actor in self._actors.values()))
+        self._actors.clear()
+        for channel in self._channels.values():
+            await channel.close()
+        if self._server is not None:
+            await self._server.stop(0)
+
+    async def _launch_one(self, plan: WorkerPlan) -> Failure | None:
+        self._registry.starting(plan.worker_id, plan.role)
+        await self._announce()
+        pool = self._config.pool(plan.role)
+        spec = WorkerSpec(
+            worker_id=plan.worker_id,
+            role=plan.role,
+            model=self._config.model,
+            engine=self._config.engine_for(plan.role),
+            kv_transfer=self._config.kv_transfer,
+            cores=plan.cores,
+            host=self._config.router.host,
+        )
+        actor = WorkerActor.options(
+            name=f"{self._config.name}-{plan.worker_id}",
+            namespace=self._namespace,
+            lifetime="detached",
+            num_cpus=0 if self._private_ray else len(plan.cores),
+            num_gpus=pool.num_gpus,
+            max_restarts=0,
+            max_task_retries=0,
+            max_concurrency=16,
+        ).remote(spec)
+        self._actors[plan.worker_id] = actor
+        try:
+            started = await asyncio.wait_for(actor.start.remote(), self._config.worker_start_timeout_s)
+        except TimeoutError:
+            started = Failure("StartupError", f"not ready after {self._config.worker_start_timeout_s:.0f} s")
+        except RayActorError as error:
+            started = Failure("StartupError", f"the process died while starting ({_reason(error)})")
+        if not isinstance(started, WorkerInfo):
+            await self._mark_dead(plan.worker_id, started.message)
+            return Failure(started.kind, f"{plan.worker_id}: {started.message}")
+        self._registry.ready(started)
+        await self._announce()
+        task = asyncio.create_task(self._watch_worker(plan.worker_id, actor), name=f"watch {plan.worker_id}")
+        self._watchers.add(task)
+        task.add_done_callback(self._watchers.discard)
+        return None
+
+    async def _watch_worker(self, worker_id: str, actor: Any) -> None:
+        try:
+            detail = await actor.run.remote()
+        except RayActorError as error:
+            detail = f"process died ({_reason(error)})"
+        await self._mark_dead(worker_id, detail)
+
+    async def _mark_dead(self, worker_id: str, detail: str) -> None:
+        logger.error("worker %s is dead: %s", worker_id, detail)
+        self._registry.dead(worker_id, detail)
+        await self._announce()
+
+    async def _announce(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def _stop_one(self, actor: Any) -> None:
+        try:
+            await asyncio.wait_for(actor.stop.remote(), STOP_TIMEOUT_S)
+        except (TimeoutError, RayActorError) as error:
+            logger.info("worker did not stop by itself: %s", type(error).__name__)
+        ray.kill(actor)
+
+    # pdserve.internal.v1.Controller
+
+    async def Watch(self, request: pb.WatchRequest, context: Any) -> AsyncIterator[pb.Fleet]:  # noqa: N802
+        """The fleet now, and again after every change."""
+        seen = -1
+        while True:
+            async with self._changed:
+                await self._changed.wait_for(lambda: self._registry.version != seen)
+            seen = self._registry.version
+            yield pb.Fleet(version=seen, members=[_member_to_wire(member) for member in self._registry.members])
+
+    async def Status(self, request: pb.StatusRequest, context: Any) -> pb.StatusResponse:  # noqa: N802
+        """Every member with its load as of now; a worker that does not answer has none."""
+        workers = await asyncio.gather(*(self._worker_status(member) for member in self._registry.members))
+        model = self._config.served_model_name or self._config.model
+        return pb.StatusResponse(name=self._config.name, model=model, workers=workers)
+
+    async def _worker_status(self, member: Member) -> pb.WorkerStatus:
+        status = pb.WorkerStatus(member=_member_to_wire(member))
+        if member.state is MemberState.READY and member.info is not None:
+            try:
+                load = await self._stub(member.info.worker.address).Load(pb.LoadRequest(), timeout=LOAD_TIMEOUT_S)
+                status.load.CopyFrom(load)
+            except grpc.aio.AioRpcError as error:
+                status.member.detail = f"{Unavailable.__name__}: load not answered ({error.code().name})"
+        return status
+
+    def _stub(self, address: str) -> Any:
+        if address not in self._channels:
+            self._channels[address] = grpc.aio.insecure_channel(address)
+        return pb_grpc.WorkerStub(self._channels[address])
+
+
+def _member_to_wire(member: Member) -> pb.FleetMember:
+    if member.info is not None:
+        info = wire.info_to_wire(member.info)
+    else:
+        info = pb.WorkerInfo(worker=pb.WorkerRef(worker_id=member.worker_id), role=member.role)
+    return pb.FleetMember(info=info, state=member.state, detail=member.detail)
+
+
+def _reason(error: RayActorError) -> str:
+    """Ray's many-line message in a few words."""
+    text = str(error)
+    for mark in ("exit_detail=", "The actor died because", "Worker exit detail:"):
+        if mark in text:
+            return " ".join(text.split(mark, 1)[1].split())[:160]
+    return " ".join(text.split())[:160]

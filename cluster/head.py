@@ -1,0 +1,232 @@
+"""The head process: holds one cluster together on the machine that launched it.
+
+    python -m pdserve.cluster.head STATE_DIR STATUS_FD
+
+    lock -> Ray (private or joined) -> controller actor -> workers -> router -> "ready" -> wait -> everything down
+
+It owns what must go away with the cluster: the private Ray (which dies with it, however it dies) and the router process
+(which ends when its stdin closes). Requests do not pass through it. Progress is written to STATUS_FD as JSON lines:
+{"progress": …}, then {"ready": …} or {"error": …, "exit_code": …}.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import json
+import logging
+import os
+import secrets
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TextIO
+
+import ray
+from ray.exceptions import RayActorError, RayError
+
+from pdserve.cluster import state
+from pdserve.cluster.config import ClusterConfig
+from pdserve.cluster.controller import Controller
+from pdserve.cluster.placement import WorkerPlan, plan_workers
+from pdserve.cluster.worker_actor import Failure
+from pdserve.proto.errors import ConfigError, PdserveError, StartupError
+from pdserve.proto.types import Role
+
+logger = logging.getLogger(__name__)
+ROUTER_START_TIMEOUT_S = 30.0
+ROUTER_STOP_TIMEOUT_S = 8.0
+STOP_TIMEOUT_S = 15.0
+
+
+def main() -> None:
+    folder, status_fd = Path(sys.argv[1]), int(sys.argv[2])
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    with os.fdopen(status_fd, "w", buffering=1) as status:
+        try:
+            config = ClusterConfig.model_validate_json((folder / "config.json").read_text())
+            with _lock(folder, config.name), _ray_session(config, status) as private_ray:
+                asyncio.run(_serve(config, private_ray, status))
+        except PdserveError as error:
+            _tell(status, error=error.message, exit_code=2 if isinstance(error, StartupError) else 1)
+            sys.exit(2)
+
+
+async def _serve(config: ClusterConfig, private_ray: bool, status: TextIO) -> None:
+    """Start everything, say ready, wait for a signal, stop everything."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    namespace = f"pdserve-{config.name}"
+    controller = _create_controller(config, namespace, private_ray)
+    router: asyncio.subprocess.Process | None = None
+    try:
+        address = await controller.serve.remote()
+        _tell(status, progress="starting workers")
+        launch = asyncio.ensure_future(controller.launch.remote())
+        if await _first(launch, stop):
+            return
+        failure = launch.result()
+        if isinstance(failure, Failure):
+            raise StartupError(failure.message)
+        _tell(status, progress="starting router")
+        router, ready = await _start_router(config, address)
+        started = state.process_started(os.getpid())
+        assert started is not None
+        cluster = state.ClusterState(
+            name=config.name,
+            endpoint=ready["address"],
+            metrics_endpoints={"router": ready["metrics_address"]},
+            controller=address,
+            model=config.served_model_name or config.model,
+            head_pid=os.getpid(),
+            head_started=started,
+        )
+        state.write(cluster)
+        _tell(status, ready=asdict(cluster))
+        status.close()
+        exited = asyncio.ensure_future(router.wait())
+        if not await _first(exited, stop):
+            logger.error("the router exited with status %s; `pdserve down` cleans up", exited.result())
+            await stop.wait()
+    except RayActorError as error:
+        raise StartupError(f"the controller died: {error}") from error
+    finally:
+        state.forget(config.name)
+        await _stop_router(router)
+        await _stop_controller(controller)
+
+
+async def _first(work: asyncio.Future[Any], stop: asyncio.Event) -> bool:
+    """Wait for either; whether it was the signal."""
+    signalled = asyncio.ensure_future(stop.wait())
+    await asyncio.wait({work, signalled}, return_when=asyncio.FIRST_COMPLETED)
+    signalled.cancel()
+    if not work.done():
+        work.cancel()
+    return stop.is_set()
+
+
+def _create_controller(config: ClusterConfig, namespace: str, private_ray: bool) -> Any:
+    replicas = {role: config.replicas(role) for role in Role}
+    cores = {role: config.pool(role).cores for role in Role}
+    plans: list[WorkerPlan] = plan_workers(replicas, cores, tuple(sorted(os.sched_getaffinity(0))))
+    actor = ray.remote(Controller).options(
+        name=f"{config.name}-controller",
+        namespace=namespace,
+        lifetime="detached",
+        num_cpus=0,
+        max_restarts=0,
+        max_concurrency=64,
+    )
+    try:
+        return actor.remote(config, plans, namespace, private_ray)
+    except ValueError as error:
+        raise ConfigError(f"name: a cluster named {config.name!r} already runs on this Ray") from error
+
+
+async def _stop_controller(controller: Any) -> None:
+    try:
+        await asyncio.wait_for(controller.stop.remote(), STOP_TIMEOUT_S)
+    except (TimeoutError, RayActorError) as error:
+        logger.warning("controller did not stop by itself: %s", type(error).__name__)
+    ray.kill(controller)
+
+
+async def _start_router(config: ClusterConfig, controller: str) -> tuple[asyncio.subprocess.Process, dict[str, str]]:
+    """Start the router process and wait for its one line; it ends when our end of its stdin closes."""
+    section = config.router.model_dump()
+    section |= {
+        "controller_address": controller,
+        "model_dir": config.model,
+        "served_model_name": config.served_model_name or Path(config.model).name,
+    }
+    path = state.state_dir(config.name) / "router.json"
+    path.write_text(json.dumps(section))
+    command = (sys.executable, "-m", "pdserve.router", str(path), "--exit-with-parent")
+    pipe = asyncio.subprocess.PIPE
+    router = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe)
+    assert router.stdout is not None
+    try:
+        line = await asyncio.wait_for(router.stdout.readline(), ROUTER_START_TIMEOUT_S)
+    except TimeoutError as error:
+        router.kill()
+        raise StartupError(f"router: not ready after {ROUTER_START_TIMEOUT_S:.0f} s") from error
+    if not line:
+        code = await router.wait()
+        raise StartupError(f"router: exited with status {code}; see {state.state_dir(config.name) / 'head.log'}")
+    ready: dict[str, str] = json.loads(line)
+    return router, ready
+
+
+async def _stop_router(router: asyncio.subprocess.Process | None) -> None:
+    if router is None or router.returncode is not None:
+        return
+    router.terminate()
+    try:
+        await asyncio.wait_for(router.wait(), ROUTER_STOP_TIMEOUT_S)
+    except TimeoutError:
+        router.kill()
+        await router.wait()
+
+
+@contextmanager
+def _lock(folder: Path, name: str) -> Iterator[None]:
+    """Held for the life of the cluster, by the kernel: a killed head leaves no stale lock."""
+    with (folder / "head.lock").open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f"name: a cluster named {name!r} is already running; `pdserve down --name {name}`") from error
+        yield
+
+
+@contextmanager
+def _ray_session(config: ClusterConfig, status: TextIO) -> Iterator[bool]:
+    """A private Ray that dies with this process, or a joined one; whether it is private."""
+    _tell(status, progress="starting Ray" if config.ray.address is None else "joining Ray")
+    common = {"namespace": f"pdserve-{config.name}", "log_to_driver": False, "configure_logging": False}
+    folder: str | None = None
+    try:
+        if config.ray.address is None:
+            # Set explicitly: Ray's default flips between versions. The token never leaves this process tree.
+            os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+            os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_enable_metrics_collection="0")
+            os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+            folder = tempfile.mkdtemp(prefix="pdserve-")  # short: Ray puts sockets below it
+            ray.init(
+                num_cpus=os.cpu_count(),
+                include_dashboard=False,
+                object_store_memory=config.ray.object_store_memory_bytes,
+                _temp_dir=folder,
+                **common,
+            )
+        else:
+            ray.init(address=config.ray.address, **common)
+    except (RayError, ConnectionError, RuntimeError, ValueError) as error:
+        raise StartupError(f"ray: cannot {'start' if folder else 'join'}: {' '.join(str(error).split())[:300]}") from error
+    try:
+        yield folder is not None
+    finally:
+        ray.shutdown()
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _tell(status: TextIO, **message: object) -> None:
+    """One JSON line to whoever launched us; a launcher that is gone is no reason to stop."""
+    try:
+        status.write(json.dumps(message) + "\n")
+        status.flush()
+    except BrokenPipeError:
+        logger.info("nobody reads the status any more: %s", message)
+
+
+if __name__ == "__main__":
+    main()

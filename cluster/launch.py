@@ -1,0 +1,134 @@
+"""Start and stop a cluster from the command line's side: spawn the head process, follow it, end it.
+
+Imports neither ray nor torch, so that the command line answers at once; the head process does the work.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from pdserve.cluster import state
+from pdserve.cluster.config import ClusterConfig
+from pdserve.proto.errors import ConfigError, ModelError, PdserveError, StartupError
+
+STOP_TIMEOUT_S = 40.0
+POLL_S = 1.0
+
+
+def start(config: ClusterConfig, progress: Callable[[str], None]) -> tuple[state.ClusterState, subprocess.Popen[bytes]]:
+    """Start the head process and wait until the cluster serves.
+
+    Raises:
+        ConfigError: a cluster of that name runs already.
+        StartupError: with the one line that says why it could not start.
+    """
+    if state.read(config.name) is not None:
+        raise ConfigError(f"name: a cluster named {config.name!r} is already running; `pdserve down --name {config.name}`")
+    check_model_dir(Path(config.model))
+    folder = state.prepare(config.name)
+    (folder / "config.json").write_text(config.model_dump_json(indent=1))
+    read_fd, write_fd = os.pipe()
+    with (folder / "head.log").open("wb") as log:
+        head = subprocess.Popen(
+            [sys.executable, "-m", "pdserve.cluster.head", str(folder), str(write_fd)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            pass_fds=(write_fd,),
+            start_new_session=True,
+        )
+    os.close(write_fd)
+    try:
+        with os.fdopen(read_fd) as lines:
+            return _follow(lines, folder, progress), head
+    except BaseException:
+        # Interrupted or failed: leave nothing behind.
+        stop_process(head.pid)
+        raise
+
+
+def _follow(lines: Iterable[str], folder: Path, progress: Callable[[str], None]) -> state.ClusterState:
+    for line in lines:
+        message = json.loads(line)
+        if "ready" in message:
+            return state.ClusterState(**message["ready"])
+        if "error" in message:
+            kind = StartupError if message.get("exit_code") == 2 else PdserveError
+            raise kind(message["error"])
+        progress(message["progress"])
+    raise StartupError(f"the head process ended without a word; see {folder / 'head.log'}")
+
+
+def stop(name: str) -> None:
+    """Stop the cluster of that name and wait until it is gone.
+
+    Raises:
+        ConfigError: no such cluster.
+        StartupError: it is still there after every means.
+    """
+    cluster = state.require(name)
+    if not stop_process(cluster.head_pid):
+        raise StartupError(f"head process {cluster.head_pid} does not end; see {state.state_dir(name) / 'head.log'}")
+    state.forget(name)
+
+
+def stop_process(pid: int) -> bool:
+    """SIGTERM, wait, SIGKILL; whether the process is gone. Its private Ray and its router end with it."""
+    for number, timeout_s in ((signal.SIGTERM, STOP_TIMEOUT_S), (signal.SIGKILL, 5.0)):
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            return True
+        if _gone(pid, timeout_s):
+            return True
+    return False
+
+
+def _gone(pid: int, timeout_s: float) -> bool:
+    """Wait for the end of a process that need not be our child."""
+    deadline = time.monotonic() + timeout_s
+    try:
+        handle = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        while time.monotonic() < deadline:
+            if state.process_started(pid) is None:
+                return True
+            _wait_readable(handle, min(POLL_S, deadline - time.monotonic()))
+        return state.process_started(pid) is None
+    finally:
+        os.close(handle)
+
+
+def _wait_readable(handle: int, timeout_s: float) -> None:
+    """A pidfd becomes readable when its process ends."""
+    poller = select.poll()
+    poller.register(handle, select.POLLIN)
+    poller.poll(max(0.0, timeout_s) * 1e3)
+
+
+def check_model_dir(path: Path) -> None:
+    """What can be seen without loading, so that the common mistakes are answered at once.
+
+    Raises:
+        ModelError: naming the directory or the file.
+    """
+    if not path.exists():
+        raise ModelError(f"model: {path}: no such directory")
+    if not path.is_dir():
+        raise ModelError(f"model: {path}: not a directory")
+    if not (path / "config.json").is_file():
+        raise ModelError(f"model: {path}: no config.json; a Hugging Face model folder is needed")
+    if not any(path.glob("*.safetensors")):
+        pickles = [entry.name for suffix in ("*.bin", "*.pt", "*.pth") for entry in path.glob(suffix)]
+        why = f"only pickle weights ({pickles[0]}), which can run code; convert them" if pickles else "no weights"
+        raise ModelError(f"model: {path}: {why}; *.safetensors are needed")

@@ -1,0 +1,187 @@
+"""From a plan to tensors: everything about one step that is the same for all layers, made once.
+
+The tokens of all sequences lie behind each other in one row: first those of sequences that compute one token (a *group* has similar
+context lengths and is attended to in one call), then the chunks. Masks are additive, in the KV's dtype.
+Knows the pool's row arithmetic, nothing of models or of sampling.
+
+No sequence ever reads memory that is not its own: tables are padded with the sequence's own first block, and
+a block that is only partly filled was zeroed when it was begun, because a masked NaN is still a NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from pdserve.engine.kv_cache import KVCache
+from pdserve.engine.scheduler import ScheduledSequence, StepPlan
+
+# Rows of one group may be padded to at most this multiple of their own number of blocks.
+MAX_PADDING = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Rows `start..start+size-1` of the batch: one new token each, over tables padded to one length.
+
+    `block_rows` is flat `[2 * size * max_blocks]`. `masks` maps a sliding window (or `None`) to `[size, 1, 1, max_context]`,
+    or to `None` if there is nothing to mask; it fills as layers ask.
+    """
+
+    start: int
+    contexts: tuple[int, ...]
+    block_rows: torch.Tensor
+    masks: dict[int | None, torch.Tensor | None] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        return len(self.contexts)
+
+    @property
+    def max_context(self) -> int:
+        return max(self.contexts)
+
+    def mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor | None:
+        if window not in self.masks:
+            self.masks[window] = self._make_mask(window, dtype)
+        return self.masks[window]
+
+    def _make_mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor | None:
+        if min(self.contexts) == self.max_context and (window is None or self.max_context <= window):
+            return None
+        device = self.block_rows.device
+        contexts = torch.tensor(self.contexts, device=device)[:, None]  # [size, 1]
+        positions = torch.arange(self.max_context, device=device)  # [max_context]
+        visible = positions < contexts
+        if window is not None:
+            visible &= positions >= contexts - window
+        return _additive(visible, dtype)[:, None, None, :]
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Rows `start..start+size-1` of the batch: tokens `context-size..context-1` of one sequence.
+
+    `block_rows` is flat `[2 * num_blocks]`. `masks` maps a window to `[size, context]` (`None`: plain causal from zero).
+    """
+
+    start: int
+    size: int
+    context: int
+    block_rows: torch.Tensor
+    masks: dict[int | None, torch.Tensor | None] = field(default_factory=dict)
+
+    @property
+    def is_whole(self) -> bool:
+        """The chunk is all there is: its keys and values need not be read back from the pool."""
+        return self.size == self.context
+
+    def mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor | None:
+        if window not in self.masks:
+            self.masks[window] = self._make_mask(window, dtype)
+        return self.masks[window]
+
+    def _make_mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor | None:
+        if self.is_whole and (window is None or self.size <= window):
+            return None
+        device = self.block_rows.device
+        queries = torch.arange(self.context - self.size, self.context, device=device)[:, None]  # [size, 1]
+        keys = torch.arange(self.context, device=device)  # [context]
+        visible = keys <= queries
+        if window is not None:
+            visible &= keys > queries - window
+        return _additive(visible, dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step's inputs. `sample_rows[i]` is the row whose logits the plan's `i`-th sampling sequence wants."""
+
+    token_ids: torch.Tensor  # [1, num_tokens]
+    positions: torch.Tensor  # [1, num_tokens]
+    key_rows: torch.Tensor  # [num_tokens]
+    value_rows: torch.Tensor  # [num_tokens]
+    sample_rows: torch.Tensor  # [num_sampled]
+    fresh_blocks: torch.Tensor | None  # begun and not filled by this step
+    groups: tuple[Group, ...]
+    chunks: tuple[Chunk, ...]
+
+
+def build_batch(plan: StepPlan, cache: KVCache) -> Batch:
+    """The tensors of a plan with at least one token, on the cache's device."""
+    size = cache.layout.block_size
+    singles = sorted((item for item in plan.scheduled if item.num_tokens == 1), key=_num_blocks)
+    multis = [item for item in plan.scheduled if item.num_tokens > 1]
+    ordered = singles + multis
+    tokens = [token for item in ordered for token in item.sequence.token_ids[item.start : item.end]]
+    positions = [position for item in ordered for position in range(item.start, item.end)]
+    slots = [slot for item in ordered for slot in item.sequence.table.slots(item.start, item.end)]
+    fresh = [block for item in ordered for block in _fresh_block(item, size)]
+    starts = _starts(ordered)
+    samples = [starts[id(item)] + item.num_tokens - 1 for item in plan.scheduled if item.samples]
+    # One transfer for all integers of the step.
+    parts = torch.tensor(tokens + positions + slots + samples + fresh, device=cache.device).split(
+        [len(tokens), len(tokens), len(tokens), len(samples), len(fresh)]
+    )
+    key_rows = cache.key_rows(parts[2])
+    return Batch(
+        token_ids=parts[0][None],
+        positions=parts[1][None],
+        key_rows=key_rows,
+        value_rows=key_rows + size,
+        sample_rows=parts[3],
+        fresh_blocks=parts[4] if fresh else None,
+        groups=tuple(_group(items, starts[id(items[0])], cache) for items in _similar(singles)),
+        chunks=tuple(_chunk(item, starts[id(item)], cache) for item in multis),
+    )
+
+
+def _num_blocks(item: ScheduledSequence) -> int:
+    return len(item.sequence.block_ids)
+
+
+def _fresh_block(item: ScheduledSequence, block_size: int) -> tuple[int, ...]:
+    """The last block that the item writes to, if the item begins it and does not fill it."""
+    last = (item.end - 1) // block_size
+    begins = last * block_size >= item.start
+    return (item.sequence.block_ids[last],) if begins and item.end % block_size else ()
+
+
+def _starts(items: Iterable[ScheduledSequence]) -> dict[int, int]:
+    """First row of each item, by the item's identity."""
+    starts, row = {}, 0
+    for item in items:
+        starts[id(item)] = row
+        row += item.num_tokens
+    return starts
+
+
+def _similar(singles: Sequence[ScheduledSequence]) -> list[list[ScheduledSequence]]:
+    """Split items, sorted by their number of blocks, so that none is padded to more than `MAX_PADDING` times its own."""
+    groups: list[list[ScheduledSequence]] = []
+    for item in singles:
+        if groups and _num_blocks(item) <= MAX_PADDING * _num_blocks(groups[-1][0]):
+            groups[-1].append(item)
+        else:
+            groups.append([item])
+    return groups
+
+
+def _group(items: Sequence[ScheduledSequence], start: int, cache: KVCache) -> Group:
+    max_blocks = max(map(_num_blocks, items))
+    tables = [item.sequence.block_ids for item in items]
+    padded = [table + table[:1] * (max_blocks - len(table)) for table in tables]
+    block_rows = cache.block_rows(torch.tensor(padded, device=cache.device))  # [2, size, max_blocks]
+    return Group(start, tuple(item.end for item in items), block_rows.flatten())
+
+
+def _chunk(item: ScheduledSequence, start: int, cache: KVCache) -> Chunk:
+    used = item.sequence.block_ids[: cache.layout.num_blocks(item.end)]
+    block_rows = cache.block_rows(torch.tensor(used, device=cache.device))  # [2, num_blocks]
+    return Chunk(start, item.num_tokens, item.end, block_rows.flatten())
+
+
+def _additive(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))

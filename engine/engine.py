@@ -1,0 +1,142 @@
+"""The engine: plan, run, sample, commit.
+
+Composes the scheduler (what), the runner (compute) and sampling (choose); owns none of their decisions. Used from one thread.
+Knows nothing of requests' origin, of links or of deadlines: sequences come in, tokens come out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pdserve.engine.block_pool import BlockPool
+from pdserve.engine.config import EngineConfig
+from pdserve.engine.kv_cache import KVCache
+from pdserve.engine.model import LoadedModel, load_model
+from pdserve.engine.runner import Runner
+from pdserve.engine.sampling import sample
+from pdserve.engine.scheduler import Limit, Scheduler, SequenceStep
+from pdserve.engine.sequence import Sequence
+from pdserve.proto.errors import ConfigError, PdserveError
+from pdserve.proto.types import HandoffId
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one step did. `sequences` has an entry for each sequence that got a token or an error.
+
+    `num_tokens == 0` means that nothing could run: every sequence waits for blocks that are held outside the engine.
+    """
+
+    sequences: tuple[SequenceStep, ...]
+    preempted: tuple[Sequence, ...]
+    num_tokens: int
+    num_prefill_tokens: int
+    num_decode_tokens: int
+    duration_s: float
+    limit: Limit
+
+
+class Engine:
+    """Runs sequences over one pool. `pool` owns the states of `cache`'s blocks."""
+
+    def __init__(self, config: EngineConfig, loaded: LoadedModel, cache: KVCache, pool: BlockPool) -> None:
+        assert cache.num_blocks == pool.num_blocks
+        assert cache.layout == loaded.layout
+        self.config = config
+        self.loaded = loaded
+        self.cache = cache
+        self.pool = pool
+        self.max_model_len = _fitting_model_len(config, loaded, pool.num_blocks)
+        self.scheduler = Scheduler(
+            pool,
+            block_size=config.block_size,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_model_len=self.max_model_len,
+        )
+        self._runner = Runner(loaded.model, cache)
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def add(self, sequence: Sequence) -> None:
+        """Take a sequence in. Raises InvalidRequest or DuplicateRequest, and then has not taken it."""
+        self.scheduler.add(sequence)
+
+    def abort(self, handoff_id: HandoffId) -> Sequence | None:
+        """Drop a sequence and free its blocks; `None` if it is not here (any more)."""
+        return self.scheduler.abort(handoff_id)
+
+    def step(self, now: Callable[[], float]) -> StepResult:
+        """Compute one step. `now` is the clock, in seconds."""
+        started_s = now()
+        plan = self.scheduler.schedule(started_s)
+        steps: tuple[SequenceStep, ...] = ()
+        if plan.scheduled:
+            logits = self._runner.run(plan)  # [num_sampled, vocab]
+            sampled = sample(logits, plan.sampled)
+            self._scrub(plan.sampled, sampled)
+            steps = self.scheduler.commit(plan, sampled, now())
+        num_tokens, num_decode_tokens = plan.num_tokens, plan.num_decode_tokens
+        return StepResult(
+            sequences=steps,
+            preempted=plan.preempted,
+            num_tokens=num_tokens,
+            num_prefill_tokens=num_tokens - num_decode_tokens,
+            num_decode_tokens=num_decode_tokens,
+            duration_s=now() - started_s,
+            limit=plan.limit,
+        )
+
+    def _scrub(self, sequences: tuple[Sequence, ...], sampled: tuple[object, ...]) -> None:
+        """Zero the blocks of sequences that failed: nobody shall inherit what made their logits bad."""
+        for sequence, result in zip(sequences, sampled, strict=True):
+            if isinstance(result, PdserveError):
+                self._runner.clear(sequence.block_ids)
+
+
+def build_engine(
+    model_dir: Path, config: EngineConfig, buffer_factory: Callable[[int], torch.Tensor] | None = None
+) -> Engine:
+    """Load a model and give it a pool, in memory from `buffer_factory(num_bytes)` (flat uint8) if given.
+
+    Raises ModelError or ConfigError.
+    """
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    loaded = load_model(model_dir, config)
+    num_blocks = _num_blocks(config, loaded)
+    buffer = None if buffer_factory is None else buffer_factory(KVCache.required_bytes(loaded.layout, num_blocks))
+    cache = KVCache(loaded.layout, num_blocks, loaded.device, buffer)
+    return Engine(config, loaded, cache, BlockPool(num_blocks))
+
+
+def _num_blocks(config: EngineConfig, loaded: LoadedModel) -> int:
+    """As configured, or what the memory set aside holds."""
+    if config.num_blocks is not None:
+        return config.num_blocks
+    if loaded.device.type == "cuda":
+        free_bytes, total_bytes = torch.cuda.mem_get_info(loaded.device)
+        budget_bytes = int(total_bytes * config.gpu_memory_utilization) - (total_bytes - free_bytes)
+        key = "engine.gpu_memory_utilization"
+    else:
+        budget_bytes, key = config.kv_cache_memory_bytes, "engine.kv_cache_memory_bytes"
+    num_blocks = budget_bytes // loaded.layout.block_bytes
+    if num_blocks < 1:
+        raise ConfigError(f"{key}: leaves {budget_bytes} bytes, one KV block takes {loaded.layout.block_bytes}")
+    return num_blocks
+
+
+def _fitting_model_len(config: EngineConfig, loaded: LoadedModel, num_blocks: int) -> int:
+    """The longest sequence, prompt and completion, that the pool can hold. Its last token needs no KV."""
+    capacity_tokens = num_blocks * config.block_size
+    if config.max_model_len is not None and config.max_model_len > capacity_tokens + 1:
+        raise ConfigError(
+            f"engine.max_model_len: {config.max_model_len} is more than the pool's {capacity_tokens} tokens"
+        )
+    return min(loaded.max_model_len, capacity_tokens + 1)

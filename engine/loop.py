@@ -1,0 +1,116 @@
+"""The engine's own thread: run commands, take a step, publish, sleep until there is something to do.
+
+Everything the engine owns (scheduler, block pool, sequences) is touched in this thread only. Others hand in
+commands; what happened is published through one callback, once per turn of the loop. Knows nothing of asyncio,
+gRPC or hand-offs: the callback and the commands bring those.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pdserve.engine.block_pool import BlockState
+from pdserve.engine.engine import Engine, StepResult
+
+Command = Callable[[Engine], None]
+
+
+@dataclass(frozen=True, slots=True)
+class PoolCounts:
+    """Blocks by state after a turn; they sum to `total`. `reserved` is promised, not taken."""
+
+    total: int
+    free: int
+    running: int
+    leased: int
+    receiving: int
+    quarantined: int
+    reserved: int
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One turn of the loop: the step it took, if any, and what the engine looks like after it."""
+
+    step: StepResult | None
+    pool: PoolCounts
+    num_waiting: int
+    num_running: int
+    queued_tokens: int
+    num_steps: int
+    num_preemptions: int
+
+
+class EngineLoop:
+    """Owns the thread. `post` from anywhere; `on_turn` and `on_crash` are called in the engine thread."""
+
+    def __init__(self, engine: Engine, on_turn: Callable[[Turn], None], on_crash: Callable[[BaseException], None]):
+        self._engine = engine
+        self._on_turn = on_turn
+        self._on_crash = on_crash
+        self._commands: deque[Command] = deque()
+        self._wake = threading.Event()
+        self._stopping = False
+        self._num_steps = 0
+        self._num_preemptions = 0
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self, timeout_s: float) -> bool:
+        """Ask the thread to end after its current turn; whether it did in time."""
+        self._stopping = True
+        self._wake.set()
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def post(self, command: Command) -> None:
+        """Run `command` in the engine thread before its next step; in order of posting."""
+        self._commands.append(command)
+        self._wake.set()
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                self._wake.wait()
+                self._wake.clear()
+                while not self._stopping and (self._commands or self._engine.has_work):
+                    self._turn()
+        except BaseException as error:
+            self._on_crash(error)
+            raise
+
+    def _turn(self) -> None:
+        while self._commands:
+            self._commands.popleft()(self._engine)
+        step = self._engine.step(time.monotonic) if self._engine.has_work else None
+        if step is not None:
+            self._num_steps += 1
+            self._num_preemptions += len(step.preempted)
+        self._on_turn(self._snapshot(step))
+
+    def _snapshot(self, step: StepResult | None) -> Turn:
+        pool, scheduler = self._engine.pool, self._engine.scheduler
+        counts = PoolCounts(
+            total=pool.num_blocks,
+            free=pool.num_free,
+            running=pool.count(BlockState.RUNNING),
+            leased=pool.count(BlockState.LEASED),
+            receiving=pool.count(BlockState.RECEIVING),
+            quarantined=pool.count(BlockState.QUARANTINED),
+            reserved=pool.num_reserved,
+        )
+        return Turn(
+            step=step,
+            pool=counts,
+            num_waiting=scheduler.num_waiting,
+            num_running=scheduler.num_running,
+            queued_tokens=scheduler.queued_tokens,
+            num_steps=self._num_steps,
+            num_preemptions=self._num_preemptions,
+        )

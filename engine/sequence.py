@@ -1,0 +1,160 @@
+"""One request inside the engine: its tokens, how far they are computed, and the blocks that hold their KV.
+
+Three things are stored (tokens known, tokens computed, blocks), the rest is derived. Mutable, owned by the
+scheduler of one engine. Knows nothing of tensors, of other sequences or of where its blocks' states are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple, Self
+
+from pdserve.proto.types import FinishReason, Phases, WorkerRequest
+
+
+class Finish(NamedTuple):
+    """Why a completion ended, and the stop token that ended it if one did."""
+
+    reason: FinishReason
+    stop_token_id: int | None
+
+
+class BlockTable:
+    """The blocks of one sequence, in token order: token `i` lives in slot `i % block_size` of block `i // block_size`."""
+
+    def __init__(self, block_size: int, block_ids: Iterable[int] = ()) -> None:
+        assert block_size > 0
+        self.block_size = block_size
+        self.block_ids = list(block_ids)
+
+    @property
+    def capacity_tokens(self) -> int:
+        return len(self.block_ids) * self.block_size
+
+    def missing_blocks(self, num_tokens: int) -> int:
+        """Blocks to add before `num_tokens` tokens fit."""
+        return max(0, -(-num_tokens // self.block_size) - len(self.block_ids))
+
+    def extend(self, block_ids: Iterable[int]) -> None:
+        self.block_ids.extend(block_ids)
+
+    def clear(self) -> list[int]:
+        """Empty the table and return what it held."""
+        block_ids, self.block_ids = self.block_ids, []
+        return block_ids
+
+    def slots(self, start: int, end: int) -> list[int]:
+        """Flat slots (`block id * block_size + offset`) of tokens `start..end-1`."""
+        assert 0 <= start <= end <= self.capacity_tokens
+        size, block_ids = self.block_size, self.block_ids
+        return [block_ids[token // size] * size + token % size for token in range(start, end)]
+
+
+class Sequence:
+    """Tokens known (`token_ids`: prompt, then output) and how many of them are computed, i.e. have KV in the blocks.
+
+    With `hand_off` the sequence leaves the scheduler with its first token and keeps its blocks for the ticket.
+    Moments are seconds of the engine's clock. The scheduler that takes it in sets `order` (smaller is older) and the
+    block size, which the sequence does not know before.
+    """
+
+    def __init__(self, request: WorkerRequest, arrival_s: float, hand_off: bool = False) -> None:
+        assert request.prompt_token_ids
+        self.request = request
+        self.arrival_s = arrival_s
+        self.hand_off = hand_off
+        self.token_ids = list(request.prompt_token_ids)
+        self.num_computed = 0
+        self.table = BlockTable(1)
+        self.order = -1
+        self.num_recomputed_tokens = 0
+        self.num_transferred_tokens = 0
+        self.first_scheduled_s: float | None = None
+        self.first_token_s: float | None = None
+        self.last_token_s: float | None = None
+
+    @classmethod
+    def redeemed(cls, request: WorkerRequest, first_token: int, block_ids: Iterable[int], arrival_s: float) -> Self:
+        """A sequence whose prompt was computed elsewhere: it owns the blocks that hold the prompt's KV already."""
+        sequence = cls(request, arrival_s)
+        sequence.token_ids.append(first_token)
+        sequence.num_computed = sequence.num_transferred_tokens = sequence.num_prompt_tokens
+        sequence.table.extend(block_ids)
+        return sequence
+
+    def adopt(self, order: int, block_size: int) -> None:
+        """Enter a scheduler: its place in the order of age, and the size of the blocks that it holds or will hold."""
+        self.order = order
+        self.table = BlockTable(block_size, self.table.block_ids)
+        assert self.table.capacity_tokens >= self.num_computed, "too few blocks for the tokens computed"
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens known."""
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - len(self.request.prompt_token_ids)
+
+    @property
+    def num_uncomputed(self) -> int:
+        """Tokens known and not computed. One in steady decode, never zero: the newest token has no KV yet."""
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def block_ids(self) -> list[int]:
+        return self.table.block_ids
+
+    def advance(self, num_tokens: int) -> None:
+        """`num_tokens` more tokens have KV in the blocks."""
+        self.num_computed += num_tokens
+        assert self.num_computed <= min(self.num_tokens, self.table.capacity_tokens)
+
+    def append(self, token_id: int, now_s: float) -> None:
+        """A new token was sampled. All others must be computed: it was sampled from the last one."""
+        assert self.num_uncomputed == 0
+        self.token_ids.append(token_id)
+        self.last_token_s = now_s
+        if self.first_token_s is None:
+            self.first_token_s = now_s
+
+    def forget(self) -> list[int]:
+        """Give up all KV, to be computed again later; the tokens stay. Returns the blocks."""
+        self.num_recomputed_tokens += self.num_computed
+        self.num_computed = 0
+        return self.table.clear()
+
+    @property
+    def phases(self) -> Phases:
+        """What this engine knows about where the time went, up to the last token sampled here."""
+        scheduled_s, first_s, last_s = self.first_scheduled_s, self.first_token_s, self.last_token_s
+        redeemed = self.num_transferred_tokens > 0
+        queue_s = 0.0 if scheduled_s is None else scheduled_s - self.arrival_s
+        compute_s = 0.0 if scheduled_s is None or first_s is None else first_s - scheduled_s
+        later_s = 0.0 if first_s is None or last_s is None else last_s - first_s
+        return Phases(
+            prefill_queue_s=0.0 if redeemed else queue_s,
+            prefill_s=0.0 if redeemed else compute_s,
+            decode_queue_s=queue_s if redeemed else 0.0,
+            decode_s=later_s + (compute_s if redeemed else 0.0),
+            recomputed_tokens=self.num_recomputed_tokens,
+            transferred_tokens=self.num_transferred_tokens,
+        )
+
+
+def finish(sequence: Sequence, token_id: int, max_model_len: int) -> Finish | None:
+    """Whether `token_id`, sampled and not yet appended, ends the completion.
+
+    A stop token counts once `min_tokens` tokens precede it (until then sampling bans it), and wins over length.
+    """
+    sampling, index = sequence.request.sampling, sequence.num_output_tokens
+    if index >= sampling.min_tokens and token_id in sampling.stop_token_ids:
+        return Finish(FinishReason.STOP, token_id)
+    if index + 1 >= sampling.max_tokens or sequence.num_tokens + 1 >= max_model_len:
+        return Finish(FinishReason.LENGTH, None)
+    return None

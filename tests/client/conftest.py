@@ -1,0 +1,10 @@
+from collections.abc import Iterator
+
+import pytest
+from fake_inference import FakeInference, running
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeInference]:
+    with running(FakeInference()) as server:
+        yield server

@@ -1,0 +1,459 @@
+"""Trains the demo model of pdserve: a Llama of 3.4 M parameters that writes Python, in about 20 minutes on 2 cores.
+
+    python tools/train_demo_model.py --out DIR [--minutes M] [--seed S]
+
+Everything comes from the machine's own standard library: the byte-level BPE tokenizer is trained on its sources,
+the chat samples are cut out of them (a docstring asks, the function answers), and 3 % of the files are held out.
+The result is an ordinary Hugging Face folder.
+
+Token layout, the same everywhere: each document (a file, or a whole conversation) is followed by <|endoftext|>, which
+thereby also precedes the next one. Windows start anywhere in that stream, so a prompt needs no <|endoftext|> in front
+and the tokenizer adds none; the chat template writes it, because a conversation always has it there in training.
+
+It does not know pdserve, and its schedule follows the clock: the same seed on another machine gives another model.
+"""
+
+import argparse
+import ast
+import hashlib
+import itertools
+import json
+import math
+import random
+import re
+import sysconfig
+import textwrap
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+EOT, USER, ASSISTANT, SYSTEM, END = SPECIALS = ["<|endoftext|>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"]
+NUM_VOCAB = 4096
+MAX_LEN = 2048
+# A newline and the indentation after it are one token, so a prompt that ends in indentation is cut as in training.
+PRETOKEN = r"\n+ *|[ .]?[\p{L}_]+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}_]+| +(?= )|\s+"
+CHAT_TEMPLATE = """\
+{{- bos_token -}}
+{%- for message in messages -%}
+{%- if message.role in ['system', 'developer'] -%}<|system|>
+{%- elif message.role == 'assistant' -%}<|assistant|>
+{%- else -%}<|user|>
+{%- endif -%}
+{{- '\\n' -}}
+{%- if message.content is string -%}{{- message.content -}}
+{%- else -%}
+{%- for part in message.content or [] if part.type == 'text' -%}{{- part.text -}}{%- endfor -%}
+{%- endif -%}
+{{- '<|end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|assistant|>\\n' -}}{%- endif -%}
+"""
+SYSTEM_TEXT = "You are a helpful assistant who writes Python."
+SKIPPED_FOLDERS = {"site-packages", "dist-packages", "idlelib", "lib2to3", "turtledemo", "pydoc_data", "encodings",
+                   "test", "tests", "__pycache__", "lib-dynload"}  # fmt: skip
+PROMPTS = [
+    "def fibonacci(n):",
+    "class Stack:\n    def __init__(self):",
+    "import os\n\ndef ",
+    "for i in range(",
+    "try:\n    ",
+    "with open(path) as f:",
+    "def read_json(path):\n    ",
+    "if __name__ == ",
+]
+QUESTIONS = ["Write a function: Return the number of items in the list.", "Write a class: A simple queue."]
+
+
+# --- text -------------------------------------------------------------------------------------------------------------
+
+
+def is_table(text: str) -> bool:
+    """Long modules of literals teach nothing about code; lines that open with a literal give them away."""
+    lines = [line for line in map(str.strip, text.splitlines()) if line]
+    literals = sum(line[0] in "'\"0123456789({[" for line in lines)
+    return len(text) > 10_000 and literals > 0.4 * len(lines)
+
+
+def held_out(names: Iterable[str]) -> set[str]:
+    """The 3 % of the names whose hashes are lowest: spread over all packages, independent of order and seed."""
+    ranked = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
+    return set(ranked[: round(0.03 * len(ranked))])
+
+
+def read_sources(root: Path) -> dict[str, str]:
+    """The standard library by relative path, sorted, without tests, tables, duplicates and build facts."""
+    sources: dict[str, str] = {}
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root)
+        if SKIPPED_FOLDERS.intersection(name.parts) or name.parts[0].startswith(("config-", "_sysconfigdata")):
+            continue
+        text = path.read_bytes().decode("utf-8", errors="ignore").replace("\r\n", "\n")
+        if len(text) > 40 and not is_table(text):
+            sources.setdefault(text, name.as_posix())
+    return {name: text for text, name in sources.items()}
+
+
+def train_tokenizer(texts: list[str]) -> Tokenizer:
+    """Byte-level BPE with all 256 bytes in the alphabet, so that any text survives the round trip."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PRETOKEN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=NUM_VOCAB,
+        special_tokens=SPECIALS,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    assert tokenizer.get_vocab_size() == NUM_VOCAB
+    return tokenizer
+
+
+def ask(node: ast.FunctionDef | ast.ClassDef, doc: str, rng: random.Random) -> str:
+    """One of several ways to ask for the code of `node`."""
+    kind = "class" if isinstance(node, ast.ClassDef) else "function"
+    named = f"Write a Python {kind} named {node.name}"
+    if not doc:
+        return f"{named}."
+    ways = [f"Write a {kind}: {doc}", f"{named}: {doc}", doc]
+    verb, _, rest = doc.partition(" ")
+    if kind == "function" and re.fullmatch(r"[A-Z][a-z]+[a-rt-z]", verb):
+        ways.append(f"Write a function that {verb.lower()}s {rest}")
+    return rng.choice(ways)
+
+
+def make_chats(sources: dict[str, str], rng: random.Random) -> list[str]:
+    """Conversations of one to three turns, cut out of each file's short functions and classes; no bos in front."""
+    chats: list[str] = []
+    for text in sources.values():
+        turns: list[str] = []
+        lines = text.split("\n")
+        for node in ast.walk(ast.parse(text)):
+            if not isinstance(node, ast.FunctionDef | ast.ClassDef):
+                continue
+            code = textwrap.dedent("\n".join(lines[node.lineno - 1 : node.end_lineno])).strip()
+            doc = next(iter((ast.get_docstring(node) or "").splitlines()), "").strip()
+            # Code without a docstring only answers to its name; a few of those are enough.
+            if 3 <= len(code.splitlines()) <= 25 and rng.random() < (0.7 if doc else 0.05):
+                turns.append(f"{USER}\n{ask(node, doc, rng)}{END}\n{ASSISTANT}\n{code}{END}\n")
+        while turns:
+            size = rng.choice([1, 1, 1, 2, 3])
+            system = f"{SYSTEM}\n{SYSTEM_TEXT}{END}\n" if rng.random() < 0.1 else ""
+            chats.append(system + "".join(turns[:size]))
+            turns = turns[size:]
+    return chats
+
+
+def cut(text: str, rng: random.Random) -> list[str]:
+    """Cuts every 800 characters or so, half of the times after a blank: prompts, too, end inside a token."""
+    pieces: list[str] = []
+    start = 0
+    while start < len(text):
+        end = start + rng.randint(100, 1500)
+        blank = text.find(" ", end)
+        if rng.random() < 0.5 and blank >= 0:
+            end = blank + 1
+        pieces.append(text[start:end])
+        start = end
+    return pieces
+
+
+def encode(tokenizer: Tokenizer, pieces: list[str]) -> list[int]:
+    ids = itertools.chain.from_iterable(e.ids for e in tokenizer.encode_batch(pieces))
+    return [*ids, tokenizer.token_to_id(EOT)]
+
+
+@dataclass(slots=True)
+class Windows:
+    """Windows of any length spread over the data by the golden ratio: each batch sees far-apart places, and each
+    round falls into the gaps of those before it, so that nothing is seen twice while something is unseen."""
+
+    data: Tensor
+    num_rows: int = 0
+    num_tokens: int = 0
+
+    def take(self, rows: int, columns: int) -> Tensor:
+        """[rows, columns + 1]: the last column is only predicted."""
+        turns = torch.arange(self.num_rows, self.num_rows + rows, dtype=torch.float64) * ((5**0.5 - 1) / 2)
+        starts = (turns % 1 * (len(self.data) - columns)).long()
+        self.num_rows += rows
+        self.num_tokens += rows * columns
+        return self.data[starts[:, None] + torch.arange(columns + 1)].long()
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def build_model() -> LlamaForCausalLM:
+    """Layer outputs start at zero: the network begins as its embedding and grows from there."""
+    config = LlamaConfig(
+        vocab_size=NUM_VOCAB,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=MAX_LEN,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    model = LlamaForCausalLM(config)
+    for layer in model.model.layers:
+        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+        torch.nn.init.zeros_(layer.mlp.down_proj.weight)
+    return model
+
+
+def loss_of(model: LlamaForCausalLM, window: Tensor) -> Tensor:
+    hidden = model.model(window[:, :-1], use_cache=False).last_hidden_state
+    return functional.cross_entropy(model.lm_head(hidden).flatten(0, 1), window[:, 1:].flatten())
+
+
+def backward(model: LlamaForCausalLM, window: Tensor, pool: Executor) -> float:
+    """Gradients of the mean loss, summed up by the pool's threads from quarters of the batch.
+
+    Two threads with a core each, where torch's own would meet at the end of each operation: that loses little on a
+    quiet machine and far less on a busy one, where the slower thread would hold up the other thousands of times.
+    """
+    parts = window.chunk(4)
+
+    def one(part: Tensor) -> float:
+        loss = loss_of(model, part) / len(parts)
+        loss.backward()
+        return loss.item()
+
+    return sum(pool.map(one, parts))
+
+
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """[n, rows, columns] to near-orthogonal ones with the same row space: five Newton-Schulz steps."""
+    x = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.mT if matrices.shape[1] > matrices.shape[2] else x
+
+
+class Muon:
+    """Momentum whose step is orthogonalized: fewer tokens than Adam for the matrices inside the layers."""
+
+    def __init__(self, params: list[Tensor], lr: float) -> None:
+        self.lr = lr
+        by_shape: dict[torch.Size, list[Tensor]] = {}
+        for param in params:
+            by_shape.setdefault(param.shape, []).append(param)
+        self.groups = [(group, torch.zeros(len(group), *shape)) for shape, group in by_shape.items()]
+
+    def step(self, scale: float, pool: Executor) -> None:
+        list(pool.map(lambda group: self.step_group(*group, self.lr * scale), self.groups))
+
+    @torch.no_grad()
+    def step_group(self, params: list[Tensor], average: Tensor, lr: float) -> None:
+        grads = torch.stack([param.grad for param in params if param.grad is not None])
+        average.lerp_(grads, 0.05)
+        updates = orthogonalize(grads.lerp(average, 0.95))
+        for param, update in zip(params, updates, strict=True):
+            param.mul_(1 - 0.02 * lr).sub_(update, alpha=lr * max(1.0, param.shape[0] / param.shape[1]) ** 0.5)
+
+
+def lr_scale(progress: float) -> float:
+    """Warm-up, stable, linear to zero; `progress` is the share of the time that is gone."""
+    return min(1.0, (progress + 0.002) / 0.02, max(0.0, (1 - progress) / 0.6))
+
+
+def window_shape(progress: float, step: int) -> tuple[int, int]:
+    """Rows and columns of a batch: 4,096 tokens, half of that at first; long rows, dear on a CPU, come last."""
+    if progress < 0.2:
+        return 8, 256
+    if progress < 0.5:
+        return 16, 256
+    columns = 512 if progress < 0.85 else (512, 1024, 1024, 2048)[step % 4]
+    return 4096 // columns, columns
+
+
+def train(model: LlamaForCausalLM, windows: Windows, minutes: float) -> int:
+    """Trains until the clock says stop; the number of steps."""
+    hidden = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
+    muon = Muon(hidden, lr=0.02)
+    adam = torch.optim.AdamW(others, lr=4e-3, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0)
+    pool = ThreadPoolExecutor(2)
+    start = last = time.monotonic()
+    losses: list[float] = []
+    for step in itertools.count():
+        now = time.monotonic()
+        progress = (now - start) / (60 * minutes)
+        if losses and now - last > 10:
+            rate = windows.num_tokens / (now - start)
+            print(f"{now - start:5.0f} s  step {step:5d}  loss {sum(losses) / len(losses):.4f}  {rate:.0f} tok/s", flush=True)
+            last, losses = now, []
+        if progress >= 1:
+            return step
+        rows, columns = window_shape(progress, step)
+        losses.append(backward(model, windows.take(rows, columns), pool))
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in adam.param_groups:
+            group["lr"] = 4e-3 * lr_scale(progress)
+        adam.step()
+        muon.step(lr_scale(progress), pool)
+        model.zero_grad(set_to_none=True)
+    raise AssertionError("count() never ends")
+
+
+# --- result -----------------------------------------------------------------------------------------------------------
+
+
+def save(model: LlamaForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
+    """The Hugging Face folder, weights in bf16; the tokenizer's files are written by hand, free of defaults."""
+    out.mkdir(parents=True, exist_ok=True)
+    eos = [tokenizer.token_to_id(EOT), tokenizer.token_to_id(END)]
+    model.generation_config = GenerationConfig(bos_token_id=eos[0], eos_token_id=eos, pad_token_id=eos[0])
+    model.to(torch.bfloat16).save_pretrained(out)
+    tokenizer.save(str(out / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": MAX_LEN,
+        "add_prefix_space": False,
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "bos_token": EOT,
+        "eos_token": EOT,
+        "pad_token": EOT,
+        "additional_special_tokens": SPECIALS[1:],
+    }
+    (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (out / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+
+
+@torch.no_grad()
+def evaluate(model: LlamaForCausalLM, tokenizer: Tokenizer, texts: list[str]) -> tuple[float, float]:
+    """Nats per token and bits per byte of the held-out files, in windows of 1,024."""
+    ids = [tokenizer.token_to_id(EOT), *itertools.chain.from_iterable(encode(tokenizer, [text]) for text in texts)]
+    total = 0.0
+    for start in range(0, len(ids) - 1, 1024):
+        window = torch.tensor([ids[start : start + 1025]])
+        total += loss_of(model, window).item() * (window.shape[1] - 1)
+    num_bytes = sum(len(text.encode()) for text in texts)
+    return total / (len(ids) - 1), total / math.log(2) / num_bytes
+
+
+def completer(out: Path) -> Callable[[str], str]:
+    """Greedy completion by the saved folder, loaded the way a user would."""
+    model = AutoModelForCausalLM.from_pretrained(out)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+
+    def complete(prompt: str) -> str:
+        inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+        output = model.generate(**inputs, max_new_tokens=64, do_sample=False)
+        return str(tokenizer.decode(output[0][inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+
+    return complete
+
+
+def samples(out: Path) -> Iterator[str]:
+    complete = completer(out)
+    template = AutoTokenizer.from_pretrained(out).apply_chat_template
+    for prompt in PROMPTS:
+        yield f"```python\n{prompt}▸{complete(prompt)}\n```"
+    for question in QUESTIONS:
+        chat = template([{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True)
+        yield f"> {question}\n\n```python\n{complete(chat)}\n```"
+
+
+README = """\
+# The demo model of pdserve
+
+A Llama of {params:,} parameters (4 layers, hidden size 256, 4 heads over 2 key/value heads, tied embeddings, bf16) with
+its own byte-level BPE tokenizer of {vocab:,} tokens. It exists so that pdserve runs and is tested on a machine without
+network and GPU. It writes text that looks like Python; it does not know anything.
+
+| | |
+|---|---|
+| made by | `python tools/train_demo_model.py --out {out} --minutes {minutes:g} --seed {seed}` |
+| data | Python {version} standard library sources: {files} files, {megabytes:.1f} MB, {tokens:,} tokens with {chats:,} chats \
+cut out of them; tests, idlelib, lib2to3, tables and duplicates left out |
+| training | {steps:,} steps of 2,048 to 4,096 tokens, {seen:,} tokens, {minutes:g} minutes on two CPU cores in fp32 |
+| held out | {held} files, {held_bytes:,} bytes: **{nats:.3f} nats per token, {bits:.3f} bits per byte** (bf16 weights) |
+| context | {context:,} tokens; rows of 256 to 2,048 tokens in training |
+| size | {size:,} bytes of weights |
+
+`<|endoftext|>` ends each document and so precedes the next one; the tokenizer adds none by itself, the chat template
+writes it once in front. Generation stops at `<|endoftext|>` or `<|end|>`. The schedule follows the clock, so another
+machine gives a slightly different model for the same seed.
+
+**Licence.** The data is under the PSF License Version 2, copyright © 2001 Python Software Foundation, all rights
+reserved, and the model can repeat pieces of it: that licence and notice stay with the weights. Otherwise the files here
+are under pdserve's licence, Apache-2.0.
+
+## Greedy samples
+
+What follows `▸` is the model's; 64 tokens at most. The last {questions} are chats.
+
+{samples}
+"""
+
+
+def fill_readme(facts: dict[str, object], out: Path) -> str:
+    return README.format(**facts, samples="\n\n".join(samples(out)), questions=len(QUESTIONS), vocab=NUM_VOCAB, context=MAX_LEN)
+
+
+def run(out: Path, minutes: float, seed: int) -> None:
+    torch.set_num_threads(1)  # two threads of our own take a core each, see backward()
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    sources = read_sources(Path(sysconfig.get_paths()["stdlib"]))
+    held_names = held_out(sources)
+    held = [text for name, text in sources.items() if name in held_names]
+    kept = {name: text for name, text in sources.items() if name not in held_names}
+    chats = make_chats(kept, rng)
+    tokenizer = train_tokenizer(list(kept.values()))
+    docs = [torch.tensor(encode(tokenizer, cut(text, rng)), dtype=torch.int32) for text in [*kept.values(), *chats]]
+    num_tokens = sum(map(len, docs))
+    num_chat = sum(map(len, docs[len(kept) :]))
+    print(f"{len(kept)} files, {len(chats)} chats, {num_tokens} tokens, of chats {num_chat}; {len(held)} files held out", flush=True)
+    model = build_model()
+    rng.shuffle(docs)
+    windows = Windows(torch.cat(docs))
+    steps = train(model, windows, minutes)
+    save(model, tokenizer, out)
+    nats, bits = evaluate(model.float(), tokenizer, held)
+    print(f"held-out loss {nats:.4f} nats per token, {bits:.4f} bits per byte", flush=True)
+    facts: dict[str, object] = {
+        "out": out, "minutes": minutes, "seed": seed, "steps": steps, "seen": windows.num_tokens, "nats": nats, "bits": bits,
+        "params": model.num_parameters(), "version": sysconfig.get_python_version(), "files": len(kept),
+        "megabytes": sum(len(text.encode()) for text in kept.values()) / 1e6, "tokens": num_tokens, "chats": len(chats),
+        "held": len(held), "held_bytes": sum(len(text.encode()) for text in held),
+        "size": (out / "model.safetensors").stat().st_size,
+    }  # fmt: skip
+    (out / "README.md").write_text(fill_readme(facts, out))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder of the result, made if missing")
+    parser.add_argument("--minutes", type=float, default=17.5, help="training time; the rest takes about one more")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    run(args.out, args.minutes, args.seed)
+
+
+if __name__ == "__main__":
+    main()
