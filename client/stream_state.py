@@ -50,6 +50,11 @@ class StreamState:
         self.ended = True
         self.call.cancel()
 
+    def __del__(self) -> None:
+        """A stream that nobody can read any more (a `break` out of its loop) must not keep the server busy."""
+        if not self.ended:
+            self.close()
+
     def finish(self) -> None:
         self._completion = self.fold.completion()
         self.ended = True

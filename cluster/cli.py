@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-
 from pdserve.cluster import launch, state
 from pdserve.cluster.bench_command import bench
 from pdserve.cluster.chat_command import chat
@@ -21,6 +19,7 @@ from pdserve.cluster.config import DEFAULT_CONFIG, load_config
 from pdserve.cluster.errors_seam import one_line_errors
 from pdserve.cluster.generate_command import generate
 from pdserve.cluster.status_command import status
+from rich.console import Console
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -34,7 +33,9 @@ def main() -> None:
 def up(
     config: Annotated[Path, typer.Option("--config", "-c", help="Cluster configuration (YAML).")] = DEFAULT_CONFIG,
     override: Annotated[list[str] | None, typer.Option("--set", help="section.key=value; may be repeated.")] = None,
-    detach: Annotated[bool, typer.Option("--detach", help="Return once it serves; stop it with `pdserve down`.")] = False,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="Return once it serves; stop it with `pdserve down`.")
+    ] = False,
 ) -> None:
     """Start a cluster; without --detach, keep it up until Ctrl-C."""
     settings = load_config(config, override or [])

@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
 from pdserve.engine.config import EngineConfig
 from pdserve.kv_transfer.config import KVTransferConfig
 from pdserve.proto.errors import ConfigError
 from pdserve.proto.types import Role
 from pdserve.router.config import RouterConfig
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 DEFAULT_CONFIG = Path(__file__).parent.parent / "deploy" / "local.yaml"
 MAX_CONFIG_BYTES = 1 << 20
@@ -144,7 +143,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         if size > MAX_CONFIG_BYTES:
             raise ConfigError(f"{path}: {size} bytes is too large for a configuration file")
         text = path.read_text(encoding="utf-8")
-        tree = yaml.load(text, Loader=_NoAliasLoader)  # noqa: S506  (a SafeLoader)
+        tree = yaml.load(text, Loader=_NoAliasLoader)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     except FileNotFoundError as error:
@@ -165,7 +164,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     if not equals or not all(parts) or len(parts) > MAX_DEPTH:
         raise ConfigError(f"--set {override}: expected section.key=value")
     try:
-        value = yaml.load(text, Loader=_NoAliasLoader)  # noqa: S506  (a SafeLoader)
+        value = yaml.load(text, Loader=_NoAliasLoader)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {key}: the value is not valid YAML") from error
     node = tree

@@ -1,7 +1,7 @@
 """The controller: starts the workers, watches them, and is the only writer of the fleet.
 
-A detached Ray actor with a gRPC server (`pdserve.internal.v1.Controller`). Routers watch the fleet from it and keep the last
-known one when it goes away: no request, token or KV byte passes through here.
+A detached Ray actor with a gRPC server (`pdserve.internal.v1.Controller`). Routers watch the fleet from it and keep the
+last known one when it goes away: no request, token or KV byte passes through here.
 
     worker:  starting --start() returned--> ready --run() ended or the process died--> dead
 
@@ -13,22 +13,22 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import grpc
 import ray
-from ray.exceptions import RayActorError
-
 from pdserve.cluster.config import ClusterConfig
 from pdserve.cluster.placement import WorkerPlan
 from pdserve.cluster.registry import Member, MemberState, Registry
-from pdserve.cluster.worker import WorkerSpec
-from pdserve.cluster.worker_actor import Failure, WorkerActor
+from pdserve.cluster.worker_actor import WorkerActor, log_to
+from pdserve.cluster.worker_spec import Failure, WorkerSpec
 from pdserve.proto import wire
 from pdserve.proto import worker_pb2 as pb
 from pdserve.proto import worker_pb2_grpc as pb_grpc
 from pdserve.proto.errors import Unavailable
 from pdserve.proto.types import WorkerInfo
+from ray.exceptions import RayActorError
 
 logger = logging.getLogger(__name__)
 LOAD_TIMEOUT_S = 2.0
@@ -38,11 +38,15 @@ STOP_TIMEOUT_S = 5.0
 class Controller(pb_grpc.ControllerServicer):
     """Owner of the registry and of the worker actors."""
 
-    def __init__(self, config: ClusterConfig, plans: list[WorkerPlan], namespace: str, private_ray: bool) -> None:
+    def __init__(
+        self, config: ClusterConfig, plans: list[WorkerPlan], namespace: str, private_ray: bool, log_folder: Path
+    ) -> None:
         self._config = config
         self._plans = plans
         self._namespace = namespace
         self._private_ray = private_ray
+        self._log_folder = log_folder
+        log_to(log_folder / "controller.log")
         self._registry = Registry()
         self._changed = asyncio.Condition()
         self._actors: dict[str, Any] = {}
@@ -87,8 +91,9 @@ class Controller(pb_grpc.ControllerServicer):
             kv_transfer=self._config.kv_transfer,
             cores=plan.cores,
             host=self._config.router.host,
+            log_path=str(self._log_folder / f"{plan.worker_id}.log"),
         )
-        actor = WorkerActor.options(
+        actor = ray.remote(WorkerActor).options(
             name=f"{self._config.name}-{plan.worker_id}",
             namespace=self._namespace,
             lifetime="detached",
@@ -140,16 +145,17 @@ class Controller(pb_grpc.ControllerServicer):
 
     # pdserve.internal.v1.Controller
 
-    async def Watch(self, request: pb.WatchRequest, context: Any) -> AsyncIterator[pb.Fleet]:  # noqa: N802
+    async def Watch(self, request: pb.WatchRequest, context: Any) -> AsyncIterator[pb.Fleet]:
         """The fleet now, and again after every change."""
         seen = -1
         while True:
             async with self._changed:
-                await self._changed.wait_for(lambda: self._registry.version != seen)
-            seen = self._registry.version
+                while self._registry.version == seen:
+                    await self._changed.wait()
+                seen = self._registry.version
             yield pb.Fleet(version=seen, members=[_member_to_wire(member) for member in self._registry.members])
 
-    async def Status(self, request: pb.StatusRequest, context: Any) -> pb.StatusResponse:  # noqa: N802
+    async def Status(self, request: pb.StatusRequest, context: Any) -> pb.StatusResponse:
         """Every member with its load as of now; a worker that does not answer has none."""
         workers = await asyncio.gather(*(self._worker_status(member) for member in self._registry.members))
         model = self._config.served_model_name or self._config.model

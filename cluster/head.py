@@ -16,7 +16,6 @@ import fcntl
 import json
 import logging
 import os
-import secrets
 import shutil
 import signal
 import sys
@@ -28,15 +27,14 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import ray
-from ray.exceptions import RayActorError, RayError
-
 from pdserve.cluster import state
 from pdserve.cluster.config import ClusterConfig
 from pdserve.cluster.controller import Controller
 from pdserve.cluster.placement import WorkerPlan, plan_workers
-from pdserve.cluster.worker_actor import Failure
+from pdserve.cluster.worker_spec import Failure
 from pdserve.proto.errors import ConfigError, PdserveError, StartupError
 from pdserve.proto.types import Role
+from ray.exceptions import RayActorError, RayError
 
 logger = logging.getLogger(__name__)
 ROUTER_START_TIMEOUT_S = 30.0
@@ -126,7 +124,7 @@ def _create_controller(config: ClusterConfig, namespace: str, private_ray: bool)
         max_concurrency=64,
     )
     try:
-        return actor.remote(config, plans, namespace, private_ray)
+        return actor.remote(config, plans, namespace, private_ray, state.state_dir(config.name))
     except ValueError as error:
         raise ConfigError(f"name: a cluster named {config.name!r} already runs on this Ray") from error
 
@@ -141,14 +139,14 @@ async def _stop_controller(controller: Any) -> None:
 
 async def _start_router(config: ClusterConfig, controller: str) -> tuple[asyncio.subprocess.Process, dict[str, str]]:
     """Start the router process and wait for its one line; it ends when our end of its stdin closes."""
-    section = config.router.model_dump()
-    section |= {
+    process = {
         "controller_address": controller,
         "model_dir": config.model,
         "served_model_name": config.served_model_name or Path(config.model).name,
+        "router": config.router.model_dump(),
     }
     path = state.state_dir(config.name) / "router.json"
-    path.write_text(json.dumps(section))
+    path.write_text(json.dumps(process))
     command = (sys.executable, "-m", "pdserve.router", str(path), "--exit-with-parent")
     pipe = asyncio.subprocess.PIPE
     router = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe)
@@ -183,7 +181,9 @@ def _lock(folder: Path, name: str) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ConfigError(f"name: a cluster named {name!r} is already running; `pdserve down --name {name}`") from error
+            raise ConfigError(
+                f"name: a cluster named {name!r} is already running; `pdserve down --name {name}`"
+            ) from error
         yield
 
 
@@ -195,10 +195,6 @@ def _ray_session(config: ClusterConfig, status: TextIO) -> Iterator[bool]:
     folder: str | None = None
     try:
         if config.ray.address is None:
-            # Set explicitly: Ray's default flips between versions. The token never leaves this process tree.
-            os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
-            os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_enable_metrics_collection="0")
-            os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
             folder = tempfile.mkdtemp(prefix="pdserve-")  # short: Ray puts sockets below it
             ray.init(
                 num_cpus=os.cpu_count(),
@@ -210,7 +206,9 @@ def _ray_session(config: ClusterConfig, status: TextIO) -> Iterator[bool]:
         else:
             ray.init(address=config.ray.address, **common)
     except (RayError, ConnectionError, RuntimeError, ValueError) as error:
-        raise StartupError(f"ray: cannot {'start' if folder else 'join'}: {' '.join(str(error).split())[:300]}") from error
+        raise StartupError(
+            f"ray: cannot {'start' if folder else 'join'}: {' '.join(str(error).split())[:300]}"
+        ) from error
     try:
         yield folder is not None
     finally:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import select
 import signal
 import subprocess
@@ -31,7 +32,9 @@ def start(config: ClusterConfig, progress: Callable[[str], None]) -> tuple[state
         StartupError: with the one line that says why it could not start.
     """
     if state.read(config.name) is not None:
-        raise ConfigError(f"name: a cluster named {config.name!r} is already running; `pdserve down --name {config.name}`")
+        raise ConfigError(
+            f"name: a cluster named {config.name!r} is already running; `pdserve down --name {config.name}`"
+        )
     check_model_dir(Path(config.model))
     folder = state.prepare(config.name)
     (folder / "config.json").write_text(config.model_dump_json(indent=1))
@@ -43,6 +46,7 @@ def start(config: ClusterConfig, progress: Callable[[str], None]) -> tuple[state
             stdout=log,
             stderr=log,
             pass_fds=(write_fd,),
+            env=head_environment(config),
             start_new_session=True,
         )
     os.close(write_fd)
@@ -53,6 +57,19 @@ def start(config: ClusterConfig, progress: Callable[[str], None]) -> tuple[state
         # Interrupted or failed: leave nothing behind.
         stop_process(head.pid)
         raise
+
+
+def head_environment(config: ClusterConfig) -> dict[str, str]:
+    """The head's environment. Ray reads its settings when it is imported, so they are set before.
+
+    A private Ray has a token that never leaves its process tree, and tells nobody of its use. Set explicitly: Ray's
+    defaults flip between versions. A joined Ray's settings are the operator's.
+    """
+    environment = dict(os.environ)
+    if config.ray.address is None:
+        environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        environment |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_enable_metrics_collection": "0"}
+    return environment | {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "HF_HUB_OFFLINE": "1"}
 
 
 def _follow(lines: Iterable[str], folder: Path, progress: Callable[[str], None]) -> state.ClusterState:

@@ -87,6 +87,10 @@ def names() -> list[str]:
     return [name for name in found if read(name) is not None]
 
 
+def already_running(name: str) -> str:
+    return f"name: a cluster named {name!r} is already running; stop it with: pdserve down --name {name}"
+
+
 def require(name: str) -> ClusterState:
     state = read(name)
     if state is None:

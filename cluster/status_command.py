@@ -14,13 +14,12 @@ import grpc
 import typer
 from google.protobuf.json_format import MessageToDict
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from rich.console import Console
-from rich.live import Live
-from rich.table import Table
-
 from pdserve.cluster import state
 from pdserve.proto import worker_pb2 as pb
 from pdserve.proto import worker_pb2_grpc as pb_grpc
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
 
 TIMEOUT_S = 5.0
 WATCH_S = 1.0
@@ -128,7 +127,9 @@ def to_table(snapshot: Snapshot) -> Table:
     table.add_column("leased/receiving/quarantined")
     for worker in snapshot.workers:
         info, load = worker.member.info, worker.load
-        state_text = worker.member.state if not worker.member.detail else f"{worker.member.state}: {worker.member.detail}"
+        state_text = (
+            worker.member.state if not worker.member.detail else f"{worker.member.state}: {worker.member.detail}"
+        )
         cells = ["-"] * 5
         if worker.HasField("load"):
             cells = [

@@ -16,22 +16,21 @@ import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Coroutine
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pdserve.cluster.output_hub import OutputHub, OutputStream
 from pdserve.cluster.worker_links import WorkerLinks
 from pdserve.cluster.worker_server import WorkerServer
+from pdserve.cluster.worker_spec import WorkerSpec
 from pdserve.decode_worker.role import DecodeRole
-from pdserve.engine.config import EngineConfig
 from pdserve.engine.engine import Engine, SequenceStep, build_engine
 from pdserve.engine.loop import EngineLoop, Turn
 from pdserve.engine.metrics import EngineMetrics
 from pdserve.engine.sequence import Sequence
-from pdserve.kv_transfer.config import KVTransferConfig
+from pdserve.kv_transfer.metrics import HandoffMetrics
 from pdserve.kv_transfer.peers import Peers
-from pdserve.kv_transfer.shm import SharedPool, host_id
+from pdserve.kv_transfer.shared_pool import SharedPool, host_id
 from pdserve.prefill_worker.role import PrefillRole, SourceIdentity
 from pdserve.proto.errors import DeadlineExceeded, InternalError, PdserveError, StaleReference, WrongRole
 from pdserve.proto.types import (
@@ -53,19 +52,6 @@ STOP_TIMEOUT_S = 5.0
 MAX_REMEMBERED = 8192  # aborted ids: an accept that was overtaken by its abort must not start
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerSpec:
-    """What a worker is started from; travels to the process that will be it."""
-
-    worker_id: str
-    role: Role
-    model: str
-    engine: EngineConfig
-    kv_transfer: KVTransferConfig
-    cores: tuple[int, ...]
-    host: str
-
-
 class Worker:
     """Owner of the event loop's side: live requests, output streams, roles."""
 
@@ -80,6 +66,7 @@ class Worker:
         self._aborted: OrderedDict[HandoffId, None] = OrderedDict()
         self._tasks: set[asyncio.Task[None]] = set()
         self._turn: Turn | None = None
+        self._last_step_s = 0.0
 
     @classmethod
     def load(cls, spec: WorkerSpec) -> Worker:
@@ -105,8 +92,8 @@ class Worker:
         port = await self._server.start(self._spec.host)
         self.info = self._describe(port)
         self._engine_loop = EngineLoop(self._engine, self._turn_ended, self._engine_crashed)
-        self._links = WorkerLinks(self.info, self._blocks, self._spec.kv_transfer)
         self._peers = Peers(self._spec.kv_transfer.control_timeout_s)
+        self._links = WorkerLinks(self.info, self._blocks, self._spec.kv_transfer, self._peers)
         self.prefill_role = self._mount_prefill() if self._spec.role in (Role.PREFILL, Role.MIXED) else None
         self.decode_role = self._mount_decode() if self._spec.role in (Role.DECODE, Role.MIXED) else None
         self._engine_loop.start()
@@ -128,7 +115,7 @@ class Worker:
         await self._server.stop()
         await asyncio.to_thread(self._engine_loop.stop, STOP_TIMEOUT_S)
         await self._peers.close()
-        await self._links.close()
+        self._links.close()
         self._metrics.close()
         self._memory.close()
 
@@ -148,7 +135,7 @@ class Worker:
             if self.decode_role is None:
                 raise WrongRole(f"{self._spec.worker_id} does not decode; it is a {self._spec.role} worker")
             self._accept(request)
-            sequence = Sequence(request, time.monotonic(), block_size=self.info.layout.block_size)
+            sequence = Sequence(request, time.monotonic())
             self._engine_loop.post(lambda engine: engine.add(sequence))
 
     async def expect(self, request: WorkerRequest, source: WorkerRef) -> None:
@@ -201,7 +188,7 @@ class Worker:
             receiving_blocks=pool.receiving,
             quarantined_blocks=pool.quarantined,
             reserved_blocks=pool.reserved,
-            step_s=0.0 if turn.step is None else turn.step.duration_s,
+            step_s=self._last_step_s,
             draining=False,
             num_steps=turn.num_steps,
             num_preemptions=turn.num_preemptions,
@@ -215,9 +202,13 @@ class Worker:
 
     def _on_turn(self, turn: Turn) -> None:
         self._turn = turn
+        if turn.step is not None:
+            self._last_step_s = turn.step.duration_s
         for step in turn.step.sequences if turn.step is not None else ():
             self._on_sequence(step)
         self._metrics.observe(turn)
+        if self.decode_role is not None:
+            self.decode_role.turn_ended(turn)
         self._hub.flush(self.load_now())
 
     def _on_sequence(self, step: SequenceStep) -> None:
@@ -244,8 +235,10 @@ class Worker:
             self.prefill_role.handed_off(sequence, step.token.token_id)
 
     def _phases(self, sequence: Sequence) -> Phases:
-        transfer = self.decode_role.transfer_phases(sequence.request.id) if self.decode_role is not None else Phases()
-        return sequence.phases + transfer
+        """Of a sequence that leaves this worker."""
+        if self.decode_role is None:
+            return sequence.phases
+        return sequence.phases + self.decode_role.finished(sequence.request.id)
 
     def _engine_crashed(self, error: BaseException) -> None:
         """In the engine's thread."""
@@ -313,10 +306,10 @@ class Worker:
             role=spec.role,
             layout=self._engine.loaded.layout,
             num_blocks=self._engine.pool.num_blocks,
-            max_model_len=self._engine.scheduler.max_model_len,
+            max_model_len=self._engine.max_model_len,
             vocab_size=self._engine.loaded.vocab_size,
             host_id=host_id(),
-            link_address=WorkerLinks.addresses(spec.kv_transfer, self._memory, spec.host),
+            link_address=WorkerLinks.addresses(spec.kv_transfer, self._memory),
             metrics_address=self._metrics.serve(spec.host),
             cores=tuple(sorted(os.sched_getaffinity(0))),
         )
@@ -344,6 +337,7 @@ class Worker:
             blocks=self._blocks,
             receiver=self._links,
             peers=self._peers,
+            metrics=HandoffMetrics(self._spec.worker_id, self._metrics.registry),
             spawn=self._spawn,
             fail=self._fail,
         )

@@ -132,7 +132,7 @@ def _attend_chunk(
 
 
 def _context(gathered: torch.Tensor, chunk: Chunk) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values `[1, num_kv_heads, context, head_dim]` from `[2 * num_blocks, block_size, kv heads, head_dim]`."""
+    """Keys and values `[1, kv heads, context, head_dim]` from `[2 * num_blocks, block_size, kv heads, head_dim]`."""
     tokens = gathered.view(2, 1, -1, *gathered.shape[2:])[:, :, : chunk.context]
     keys, values = tokens.transpose(2, 3).unbind(0)
     return keys, values

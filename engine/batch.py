@@ -1,7 +1,7 @@
 """From a plan to tensors: everything about one step that is the same for all layers, made once.
 
-The tokens of all sequences lie behind each other in one row: first those of sequences that compute one token (a *group* has similar
-context lengths and is attended to in one call), then the chunks. Masks are additive, in the KV's dtype.
+The tokens of all sequences lie behind each other in one row: first those of sequences that compute one token (a
+*group* has similar context lengths and is attended to in one call), then the chunks. Masks are additive.
 Knows the pool's row arithmetic, nothing of models or of sampling.
 
 No sequence ever reads memory that is not its own: tables are padded with the sequence's own first block, and
@@ -26,8 +26,8 @@ MAX_PADDING = 2
 class Group:
     """Rows `start..start+size-1` of the batch: one new token each, over tables padded to one length.
 
-    `block_rows` is flat `[2 * size * max_blocks]`. `masks` maps a sliding window (or `None`) to `[size, 1, 1, max_context]`,
-    or to `None` if there is nothing to mask; it fills as layers ask.
+    `block_rows` is flat `[2 * size * max_blocks]`. `masks` maps a sliding window (or `None`) to
+    `[size, 1, 1, max_context]`, or to `None` if there is nothing to mask; it fills as layers ask.
     """
 
     start: int
@@ -64,7 +64,7 @@ class Group:
 class Chunk:
     """Rows `start..start+size-1` of the batch: tokens `context-size..context-1` of one sequence.
 
-    `block_rows` is flat `[2 * num_blocks]`. `masks` maps a window to `[size, context]` (`None`: plain causal from zero).
+    `block_rows` is flat `[2 * num_blocks]`. `masks` maps a window to `[size, context]`, or to `None` for plain causal.
     """
 
     start: int
@@ -122,9 +122,8 @@ def build_batch(plan: StepPlan, cache: KVCache) -> Batch:
     starts = _starts(ordered)
     samples = [starts[id(item)] + item.num_tokens - 1 for item in plan.scheduled if item.samples]
     # One transfer for all integers of the step.
-    parts = torch.tensor(tokens + positions + slots + samples + fresh, device=cache.device).split(
-        [len(tokens), len(tokens), len(tokens), len(samples), len(fresh)]
-    )
+    integers = torch.tensor(tokens + positions + slots + samples + fresh, device=cache.device)
+    parts = torch.split(integers, [len(tokens), len(tokens), len(tokens), len(samples), len(fresh)])
     key_rows = cache.key_rows(parts[2])
     return Batch(
         token_ids=parts[0][None],
@@ -159,7 +158,7 @@ def _starts(items: Iterable[ScheduledSequence]) -> dict[int, int]:
 
 
 def _similar(singles: Sequence[ScheduledSequence]) -> list[list[ScheduledSequence]]:
-    """Split items, sorted by their number of blocks, so that none is padded to more than `MAX_PADDING` times its own."""
+    """Split items, sorted by number of blocks, so that none is padded to more than `MAX_PADDING` times its own."""
     groups: list[list[ScheduledSequence]] = []
     for item in singles:
         if groups and _num_blocks(item) <= MAX_PADDING * _num_blocks(groups[-1][0]):

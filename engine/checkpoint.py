@@ -53,7 +53,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def model_hash(checkpoint: Checkpoint) -> str:
-    """Same for same files wherever they lie: the config, and of each weight file size, header and evenly spread samples."""
+    """Same for same files wherever they lie.
+
+    Covers `config.json` and of each weight file the size, the header and evenly spread samples.
+    """
     digest = hashlib.blake2b((checkpoint.path / "config.json").read_bytes(), digest_size=16)
     for file in checkpoint.weight_files:
         num_bytes = file.stat().st_size

@@ -16,7 +16,7 @@ class EngineConfig(BaseModel):
     """How one engine runs a model.
 
     `dtype="auto"` is float32 on a CPU and the checkpoint's own on a GPU. Without `num_blocks` the pool takes
-    `kv_cache_memory_bytes` on a CPU, and on a GPU what `gpu_memory_utilization` of the device leaves beside the weights.
+    `kv_cache_memory_bytes` on a CPU, and on a GPU what the weights leave of `gpu_memory_utilization` of the device.
     `max_model_len=None` is the model's own limit, or what the pool holds if that is less.
     """
 

@@ -1,6 +1,7 @@
 """The engine: plan, run, sample, commit.
 
-Composes the scheduler (what), the runner (compute) and sampling (choose); owns none of their decisions. Used from one thread.
+Composes the scheduler (what), the runner (compute) and sampling (choose); owns none of their decisions. Used from
+one thread.
 Knows nothing of requests' origin, of links or of deadlines: sequences come in, tokens come out.
 """
 

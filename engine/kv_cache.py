@@ -2,7 +2,7 @@
 
     [num_blocks, num_layers, 2 (key, value), block_size, num_kv_heads, head_dim]
 
-Knows which bytes a block is, never who owns it (that is `BlockPool`). The memory may belong to somebody else (shared memory).
+Knows which bytes a block is, never who owns it (that is `BlockPool`). The memory may be somebody else's (shared).
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ class KVCache:
     """KV blocks of `layout` on `device`, in `buffer` if given: flat uint8 of exactly `required_bytes`.
 
     One layer's keys and values of a token are two *rows* of `[num_kv_heads, head_dim]`; of a block, two *block rows* of
-    `[block_size, num_kv_heads, head_dim]`. Row numbers are the same for all layers: each layer looks at the pool through a view that
-    starts at its own first row, so that indices are made once per step.
+    `[block_size, num_kv_heads, head_dim]`. Row numbers are the same for all layers: each layer looks at the pool
+    through a view that starts at its own first row, so that indices are made once per step.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class KVCache:
         return self._bytes.view(self.num_blocks, self.layout.block_bytes)
 
     def key_rows(self, slots: torch.Tensor) -> torch.Tensor:
-        """Rows of the keys of flat `slots` (block id * block_size + offset); values are `block_size` rows further on."""
+        """Rows of the keys of flat `slots` (block id * block_size + offset); the values' lie `block_size` further on."""
         size = self.layout.block_size
         blocks = torch.div(slots, size, rounding_mode="floor")
         return slots + blocks * ((2 * self.layout.num_layers - 1) * size)

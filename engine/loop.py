@@ -41,6 +41,7 @@ class Turn:
     num_waiting: int
     num_running: int
     queued_tokens: int
+    wanted_blocks: int
     num_steps: int
     num_preemptions: int
 
@@ -79,20 +80,27 @@ class EngineLoop:
             while not self._stopping:
                 self._wake.wait()
                 self._wake.clear()
-                while not self._stopping and (self._commands or self._engine.has_work):
-                    self._turn()
+                while not self._stopping and self._turn():
+                    pass
         except BaseException as error:
             self._on_crash(error)
             raise
 
-    def _turn(self) -> None:
+    def _turn(self) -> bool:
+        """One turn; whether another may achieve something without waiting for a command.
+
+        A step that could run nothing waits for blocks that are held outside: they come back by a command.
+        """
+        commanded = bool(self._commands)
         while self._commands:
             self._commands.popleft()(self._engine)
         step = self._engine.step(time.monotonic) if self._engine.has_work else None
         if step is not None:
             self._num_steps += 1
             self._num_preemptions += len(step.preempted)
-        self._on_turn(self._snapshot(step))
+        if step is not None or commanded:
+            self._on_turn(self._snapshot(step))
+        return step is not None and (step.num_tokens > 0 or bool(step.preempted))
 
     def _snapshot(self, step: StepResult | None) -> Turn:
         pool, scheduler = self._engine.pool, self._engine.scheduler
@@ -111,6 +119,7 @@ class EngineLoop:
             num_waiting=scheduler.num_waiting,
             num_running=scheduler.num_running,
             queued_tokens=scheduler.queued_tokens,
+            wanted_blocks=scheduler.wanted_blocks,
             num_steps=self._num_steps,
             num_preemptions=self._num_preemptions,
         )

@@ -1,8 +1,8 @@
 """Load an unmodified `transformers` causal LM, or refuse with one clear line.
 
 `transformers` fills missing weights with random numbers and carries on; here, whatever is not exactly as the
-checkpoint promises is a ModelError. The seam at which foreign loading errors are translated. Knows no architectures: what
-a model may do is found out by running it (`probe`).
+checkpoint promises is a ModelError. The seam at which foreign loading errors are translated. Knows no architectures:
+what a model may do is found out by running it (`probe`).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def load_model(path: Path, config: EngineConfig) -> LoadedModel:
     layout = _layout(path, hf_config, dtype, config.block_size, model_hash(checkpoint))
     max_model_len = _max_model_len(path, hf_config, config)
     model = _build(path, TORCH_DTYPES[dtype], device)
-    vocab_size = int(model.get_output_embeddings().weight.shape[0])
+    vocab_size = _vocab_size(model)
     probe(model, layout, vocab_size)
     eos_token_ids = _eos_token_ids(model, hf_config)
     return LoadedModel(model, hf_config, layout, vocab_size, max_model_len, eos_token_ids, device)
@@ -125,9 +125,10 @@ def _max_model_len(path: Path, hf_config: PreTrainedConfig, config: EngineConfig
 
 def _build(path: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """Weights into the model; every one of them, and no other."""
+    loader: Any = AutoModelForCausalLM
     try:
         with _quiet():
-            model, info = AutoModelForCausalLM.from_pretrained(
+            model, info = loader.from_pretrained(
                 path,
                 dtype=dtype,
                 attn_implementation=NAME,
@@ -140,7 +141,14 @@ def _build(path: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedMo
         raise ModelError(f"{path}: {_one_line(error)}") from None
     _check_loading(path, info)
     assert isinstance(model, PreTrainedModel)
-    return model.eval().requires_grad_(False).to(device)  # type: ignore[arg-type]
+    module: Any = model
+    module.eval().requires_grad_(False).to(device)
+    return model
+
+
+def _vocab_size(model: Any) -> int:
+    """Width of the logits, which may be padded beyond the tokenizer's vocabulary."""
+    return int(model.get_output_embeddings().weight.shape[0])
 
 
 def _check_loading(path: Path, info: dict[str, Any]) -> None:
@@ -175,12 +183,13 @@ def _one_line(error: BaseException) -> str:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """No progress bars and no warnings while loading: what matters comes back as an error."""
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    logging: Any = transformers_logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
-        transformers_logging.set_verbosity(verbosity)
+        logging.set_verbosity(verbosity)
         if bars:
-            transformers_logging.enable_progress_bar()
+            logging.enable_progress_bar()

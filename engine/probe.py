@@ -8,6 +8,8 @@ Knows no list of architectures.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from transformers import PreTrainedModel
 
@@ -19,7 +21,6 @@ from pdserve.engine.sequence import Sequence
 from pdserve.proto.errors import ModelError
 from pdserve.proto.types import HandoffId, KVLayout, SamplingParams, WorkerRequest
 
-NUM_TOKENS = 12
 CUTS = (0, 5, 11, 12)
 # Of the largest logit. Half precision differs by rounding in every layer; a wrong result is off by its own size.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
@@ -27,8 +28,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
 
 def probe(model: PreTrainedModel, layout: KVLayout, vocab_size: int) -> None:
     """Raise ModelError if `model` cannot run over pages of `layout`, or says something else when it does."""
-    num_tokens = NUM_TOKENS
-    tokens = tuple((7 + 13 * index) % vocab_size for index in range(num_tokens))
+    tokens = tuple((7 + 13 * index) % vocab_size for index in range(CUTS[-1]))
     plain = _plain_logits(model, tokens)
     try:
         paged = _paged_logits(model, layout, tokens)
@@ -70,9 +70,8 @@ def _paged_logits(model: PreTrainedModel, layout: KVLayout, tokens: tuple[int, .
     sequence.adopt(0, layout.block_size)
     sequence.table.extend(reversed(range(num_blocks)))
     runner = Runner(model, cache)
-    written = cache.tensor.new_zeros(())
-    logits = written
-    for start, end in zip(CUTS, CUTS[1:], strict=False):
+    logits = torch.empty(0)
+    for start, end in pairwise(CUTS):
         samples = end == len(tokens)
         logits = runner.run(StepPlan((ScheduledSequence(sequence, start, end - start, samples),)))
         sequence.advance(end - start)

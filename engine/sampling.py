@@ -1,15 +1,17 @@
 """Logits to tokens, one row for each sequence. A row never depends on the other rows.
 
 Order, as in vLLM: minimum length and logit bias, penalties, then for sampling rows temperature, min-p, top-k, top-p.
-Log-probabilities are those of the model's own distribution, before all that. Ties: the greedy choice is the lowest id; top-k
-keeps all tokens that tie with the k-th; top-p prefers lower ids among equals and always keeps one token.
+Log-probabilities are those of the model's own distribution, before all that. Ties: the greedy choice is the lowest
+id; top-k keeps all tokens that tie with the k-th; top-p prefers lower ids among equals and always keeps one token.
 
-A draw inverts the cumulative distribution, in float64 and in order of token ids, at one number keyed by (seed, position
-of the token in the sequence), so that a preempted, migrated or re-batched request draws the same. Knows nothing of time, blocks or text.
+A draw inverts the cumulative distribution, in float64 and in order of token ids, at one number keyed by (seed,
+position of the token in the sequence), so that a preempted, migrated or re-batched request draws the same.
+Knows nothing of time, blocks or text.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence as Items
 from typing import NamedTuple
 
@@ -105,13 +107,13 @@ def _edit(row: torch.Tensor, sequence: Sequence) -> None:
         row.index_add_(0, torch.tensor(ids, device=device), torch.tensor(biases, dtype=row.dtype, device=device))
     if params.repetition_penalty != 1.0:
         # Keskar et al., "CTRL", 2019: away from the token whichever sign its logit has.
-        seen = torch.tensor(sequence.token_ids, device=device).unique()
+        seen = torch.tensor(sorted(set(sequence.token_ids)), device=device)
         scores = row[seen]
         row[seen] = torch.where(scores < 0, scores * params.repetition_penalty, scores / params.repetition_penalty)
     if sequence.num_output_tokens and (params.presence_penalty or params.frequency_penalty):
-        output = torch.tensor(sequence.token_ids[sequence.num_prompt_tokens :], device=device)
-        seen, counts = output.unique(return_counts=True)
-        row[seen] -= params.presence_penalty + params.frequency_penalty * counts.to(row.dtype)
+        counts = Counter(sequence.token_ids[sequence.num_prompt_tokens :])
+        penalties = [params.presence_penalty + params.frequency_penalty * count for count in counts.values()]
+        row[torch.tensor(list(counts), device=device)] -= torch.tensor(penalties, dtype=row.dtype, device=device)
 
 
 def _filtered(logits: torch.Tensor, params: Items[SamplingParams]) -> torch.Tensor:
@@ -122,33 +124,20 @@ def _filtered(logits: torch.Tensor, params: Items[SamplingParams]) -> torch.Tens
     if any(p.min_p > 0 for p in params):
         floors = torch.tensor([p.min_p for p in params], device=logits.device).log()
         logits = logits.masked_fill(logits < floors[:, None], NEVER)
-    vocab = logits.shape[-1]
-    if all(p.top_k in range(1, vocab) or p.top_p == 1.0 for p in params) and any(p.top_k for p in params):
-        return _top_k_top_p_of_few(logits, params)
-    if any(p.top_k or p.top_p < 1.0 for p in params):
-        return _top_k_top_p(logits, params, vocab)
-    return logits
-
-
-def _top_k_top_p_of_few(logits: torch.Tensor, params: Items[SamplingParams]) -> torch.Tensor:
-    """Top-k cuts first, by a partial sort; top-p then by a full one only if somebody asks for it."""
-    vocab = logits.shape[-1]
-    top_k = [p.top_k if p.top_k else vocab for p in params]
-    largest = max((k for k in top_k if k < vocab), default=vocab)
-    best = logits.topk(min(largest, vocab), dim=-1).values  # [rows, largest]
-    index = torch.tensor([min(k, largest) - 1 for k in top_k], device=logits.device)
-    floors = best.gather(-1, index[:, None])
-    floors = floors.masked_fill(torch.tensor([k >= vocab for k in top_k], device=logits.device)[:, None], NEVER)
-    logits = logits.masked_fill(logits < floors, NEVER)
+    if any(p.top_k for p in params):
+        logits = _top_k(logits, params)
     return _top_p(logits, params) if any(p.top_p < 1.0 for p in params) else logits
 
 
-def _top_k_top_p(logits: torch.Tensor, params: Items[SamplingParams], vocab: int) -> torch.Tensor:
-    if any(0 < p.top_k < vocab for p in params):
-        index = torch.tensor([min(p.top_k or vocab, vocab) - 1 for p in params], device=logits.device)
-        floors = logits.sort(dim=-1, descending=True).values.gather(-1, index[:, None])
-        logits = logits.masked_fill(logits < floors, NEVER)
-    return _top_p(logits, params) if any(p.top_p < 1.0 for p in params) else logits
+def _top_k(logits: torch.Tensor, params: Items[SamplingParams]) -> torch.Tensor:
+    """Keep what is not below the k-th best; rows with `top_k == 0` keep all."""
+    vocab = logits.shape[-1]
+    ranks = [min(p.top_k, vocab) for p in params]
+    best = logits.topk(max(ranks), dim=-1).values  # [rows, largest k]
+    index = torch.tensor([max(rank, 1) - 1 for rank in ranks], device=logits.device)
+    floors = best.gather(-1, index[:, None])  # [rows, 1]
+    is_open = torch.tensor([rank == 0 for rank in ranks], device=logits.device)
+    return logits.masked_fill(logits < floors.masked_fill(is_open[:, None], NEVER), NEVER)
 
 
 def _top_p(logits: torch.Tensor, params: Items[SamplingParams]) -> torch.Tensor:

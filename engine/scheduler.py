@@ -8,8 +8,8 @@ budget and a block budget. Chunked prefill, decode, local prefill and recompute 
     waiting  <--preempted: blocks released, tokens kept-----------+
 
 Order: decodes first, oldest first; then prefills under way; then redeemed; then waiting, first come first served.
-A running sequence that needs a block when none is free evicts the youngest sequence that holds blocks, if that is younger
-than itself; if there is none it keeps what it has and misses the step (blocks held outside come back: leases,
+A running sequence that needs a block when none is free evicts the youngest sequence that holds blocks, if that is
+younger than itself; if there is none it keeps what it has and misses the step (blocks held outside come back: leases,
 transfers and quarantines are all bounded in time). So the oldest always moves, and nobody is evicted by a younger one.
 
 Pure: takes the time, returns decisions as data. Knows nothing of tensors, links or who waits for the tokens.
@@ -271,7 +271,7 @@ class Scheduler:
         return max(candidates, key=attrgetter("order"))
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Back to its place in the queue, ahead of all younger ones, without blocks; its tokens stay and are computed again."""
+        """Back to its place in the queue, ahead of all younger ones: without blocks, but with its tokens."""
         if sequence in self._redeemed:
             self._redeemed.remove(sequence)
         else:

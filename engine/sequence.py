@@ -20,7 +20,7 @@ class Finish(NamedTuple):
 
 
 class BlockTable:
-    """The blocks of one sequence, in token order: token `i` lives in slot `i % block_size` of block `i // block_size`."""
+    """The blocks of one sequence: token `i` lives in slot `i % block_size` of block `i // block_size`."""
 
     def __init__(self, block_size: int, block_ids: Iterable[int] = ()) -> None:
         assert block_size > 0

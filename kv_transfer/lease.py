@@ -134,9 +134,7 @@ class LeaseLapsed:
     reason: str
 
 
-LeaseEffect = (
-    FreeBlocks | QuarantineBlocks | Refused | Ignored | StartSend | LeaseRenewed | LeaseLost | LeaseLapsed
-)
+LeaseEffect = FreeBlocks | QuarantineBlocks | Refused | Ignored | StartSend | LeaseRenewed | LeaseLost | LeaseLapsed
 LeaseStep = tuple[Lease | None, tuple[LeaseEffect, ...]]
 
 

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-
 from pdserve.engine.block_pool import BlockState
 from pdserve.engine.engine import Engine
 from pdserve.engine.loop import EngineLoop
@@ -80,7 +79,7 @@ class PrefillRole:
 
     def prefill(self, request: WorkerRequest, hand_off_to: WorkerRef) -> None:
         """Queue the prompt; its KV will be offered to `hand_off_to`."""
-        sequence = Sequence(request, time.monotonic(), hand_off=True, block_size=self._identity.layout.block_size)
+        sequence = Sequence(request, time.monotonic(), hand_off=True)
         self._targets[request.id] = hand_off_to
         self._loop.post(lambda engine: engine.add(sequence))
 

@@ -12,7 +12,6 @@ from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 import grpc
-
 from pdserve.proto.errors import InternalError, PdserveError, WorkerLost, rebuild
 
 logger = logging.getLogger(__name__)

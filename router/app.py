@@ -10,12 +10,11 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Callable
-from wsgiref.simple_server import WSGIServer
 
 import grpc.aio
+from grpc_health.v1 import health as grpc_health  # type: ignore[import-untyped]
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1._async import HealthServicer
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
 from pdserve.proto import inference_pb2
 from pdserve.proto import inference_pb2_grpc as rpc
 from pdserve.proto.errors import ConfigError, StartupError
@@ -25,12 +24,13 @@ from pdserve.router.config import RouterConfig, RouterProcessConfig
 from pdserve.router.connection import Settings
 from pdserve.router.fleet import Changes, Fleet
 from pdserve.router.metrics import RouterMetrics
+from pdserve.router.metrics_server import MetricsServer
 from pdserve.router.model import Model, load_model
 from pdserve.router.pipeline import Pipeline
 from pdserve.router.policy import POLICIES
 from pdserve.router.server import InferenceServicer
 from pdserve.router.status import StatusInterceptor
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry
 
 SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 GENERATE = f"/{SERVICE}/Generate"
@@ -76,14 +76,14 @@ class Router:
 
     async def run(self, stop: asyncio.Event, announce: Callable[[str, str], None]) -> None:
         """`announce(address, metrics_address)` is called once the ports are open. Raises StartupError."""
-        health = HealthServicer()
+        health = grpc_health.aio.HealthServicer()
         servicer = InferenceServicer(self.model, self._config, self.fleet, self.pipeline)
         server = self._server(servicer, health)
         address = _bind(server, self._config)
         metrics_server = self._serve_metrics()
         try:
             await server.start()
-            announce(address, f"{self._config.host}:{metrics_server.server_port}")
+            announce(address, metrics_server.address)
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(self.fleet.run()), group.create_task(self._report_health(health))]
                 await stop.wait()
@@ -96,10 +96,9 @@ class Router:
         finally:
             await server.stop(None)
             servicer.close()
-            metrics_server.shutdown()
-            metrics_server.server_close()
+            metrics_server.close()
 
-    def _server(self, servicer: InferenceServicer, health: HealthServicer) -> grpc.aio.Server:
+    def _server(self, servicer: InferenceServicer, health: grpc_health.aio.HealthServicer) -> grpc.aio.Server:
         config = self._config
         options = (
             ("grpc.max_receive_message_length", config.max_message_bytes),
@@ -126,14 +125,13 @@ class Router:
         if method == GENERATE:
             self.metrics.failed(status)
 
-    def _serve_metrics(self) -> WSGIServer:
+    def _serve_metrics(self) -> MetricsServer:
         try:
-            server, _ = start_http_server(self._config.metrics_port, self._config.host, self._registry)
+            return MetricsServer(self._config.host, self._config.metrics_port, self._registry)
         except OSError as error:
-            raise StartupError(f"router.metrics_port: {error}") from error
-        return server
+            raise StartupError(f"router.metrics_port: {error.strerror}") from error
 
-    async def _report_health(self, health: HealthServicer) -> None:
+    async def _report_health(self, health: grpc_health.aio.HealthServicer) -> None:
         while True:
             change = self.fleet.changes.next()
             serving = self.fleet.can_serve()

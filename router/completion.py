@@ -96,7 +96,7 @@ class Completion:
         """A prefill side matters until its token is here and the decode side has shown that it has the KV."""
         if self.split and worker_id == self.prefill_id:
             return not self.has_first or self._expected[self.decode_id] == 1
-        return self._ending is None
+        return worker_id in self._expected and self._ending is None
 
     def _append(self, from_decode: bool, tokens: tuple[TokenInfo, ...]) -> None:
         if from_decode and not self.has_first:

@@ -33,6 +33,13 @@ class TemplateRefusal(Exception):
     """The chat template itself refused the messages (`raise_exception`)."""
 
 
+# What template code can run into when the messages are not what it was written for.
+TEMPLATE_FAILURES = (
+    *(TemplateRefusal, jinja2.TemplateError, ArithmeticError, AttributeError),
+    *(LookupError, RecursionError, TypeError, ValueError),
+)
+
+
 class ChatTemplate:
     """A model's jinja template, rendered in a sandbox with the globals that templates expect."""
 
@@ -49,7 +56,7 @@ class ChatTemplate:
         turns = [{"role": role, "content": content} for role, content in messages]
         try:
             return self._template.render(messages=turns, add_generation_prompt=True, **self._special_tokens)
-        except (TemplateRefusal, jinja2.TemplateError, TypeError, ValueError, OverflowError) as error:
+        except TEMPLATE_FAILURES as error:
             raise InvalidRequest("chat.messages", "the model's chat template refuses these messages") from error
 
 

@@ -16,7 +16,7 @@ from pdserve.proto.types import SamplingParams
 from pdserve.router.config import RouterConfig
 
 MAX_REQUEST_ID_CHARS = 128
-MAX_TEMPERATURE = 1e30
+MAX_TEMPERATURE = 1e31
 MAX_PENALTY = 2.0
 MAX_REPETITION_PENALTY = 100.0
 MAX_LOGIT_BIAS = 100.0

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import grpc
-
 from pdserve.proto import inference_pb2 as pb
 
 Script: TypeAlias = Callable[[pb.GenerateRequest, Any], AsyncIterator[pb.GenerateResponse | bytes]]

@@ -1,16 +1,18 @@
-"""Trains the demo model of pdserve: a Llama of 3.4 M parameters that writes Python, in about 20 minutes on 2 cores.
+"""Trains pdserve's demo model: a Llama of 3.4 M parameters that writes Python, in 20 minutes on 2 cores.
 
     python tools/train_demo_model.py --out DIR [--minutes M] [--seed S]
 
-Everything comes from the machine's own standard library: the byte-level BPE tokenizer is trained on its sources,
-the chat samples are cut out of them (a docstring asks, the function answers), and 3 % of the files are held out.
-The result is an ordinary Hugging Face folder.
+Everything comes from the machine's own standard library: the byte-level BPE tokenizer is trained on its
+sources, the chat samples are cut out of them (a docstring asks, the function answers), and 3 % of the files
+are held out. The result is an ordinary Hugging Face folder.
 
-Token layout, the same everywhere: each document (a file, or a whole conversation) is followed by <|endoftext|>, which
-thereby also precedes the next one. Windows start anywhere in that stream, so a prompt needs no <|endoftext|> in front
-and the tokenizer adds none; the chat template writes it, because a conversation always has it there in training.
+Token layout, the same everywhere: each document (a file, or a whole conversation) is followed by
+<|endoftext|>, which thereby also precedes the next one. Windows start anywhere in that stream, so a prompt
+needs no <|endoftext|> in front and the tokenizer adds none; the chat template writes it, because a
+conversation always has it there in training.
 
-It does not know pdserve, and its schedule follows the clock: the same seed on another machine gives another model.
+It does not know pdserve, and its schedule follows the clock: the same seed on another machine gives another
+model.
 """
 
 import argparse
@@ -35,10 +37,16 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-EOT, USER, ASSISTANT, SYSTEM, END = SPECIALS = ["<|endoftext|>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"]
+EOT, USER, ASSISTANT, SYSTEM, END = SPECIALS = [
+    "<|endoftext|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|system|>",
+    "<|end|>",
+]
 NUM_VOCAB = 4096
 MAX_LEN = 2048
-# A newline and the indentation after it are one token, so a prompt that ends in indentation is cut as in training.
+# A newline and the indentation after it are one token: a prompt that ends there is cut as in training.
 PRETOKEN = r"\n+ *|[ .]?[\p{L}_]+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}_]+| +(?= )|\s+"
 CHAT_TEMPLATE = """\
 {{- bos_token -}}
@@ -57,8 +65,12 @@ CHAT_TEMPLATE = """\
 {%- if add_generation_prompt -%}{{- '<|assistant|>\\n' -}}{%- endif -%}
 """
 SYSTEM_TEXT = "You are a helpful assistant who writes Python."
-SKIPPED_FOLDERS = {"site-packages", "dist-packages", "idlelib", "lib2to3", "turtledemo", "pydoc_data", "encodings",
-                   "test", "tests", "__pycache__", "lib-dynload"}  # fmt: skip
+# fmt: off
+SKIPPED_FOLDERS = {
+    "site-packages", "dist-packages", "idlelib", "lib2to3", "turtledemo", "pydoc_data", "encodings",
+    "test", "tests", "lib-dynload",
+}
+# fmt: on
 PROMPTS = [
     "def fibonacci(n):",
     "class Stack:\n    def __init__(self):",
@@ -72,18 +84,18 @@ PROMPTS = [
 QUESTIONS = ["Write a function: Return the number of items in the list.", "Write a class: A simple queue."]
 
 
-# --- text -------------------------------------------------------------------------------------------------------------
+# --- text ---------------------------------------------------------------------------------------------------
 
 
 def is_table(text: str) -> bool:
-    """Long modules of literals teach nothing about code; lines that open with a literal give them away."""
+    """Long modules of literals teach nothing about code; lines that open with one give them away."""
     lines = [line for line in map(str.strip, text.splitlines()) if line]
     literals = sum(line[0] in "'\"0123456789({[" for line in lines)
     return len(text) > 10_000 and literals > 0.4 * len(lines)
 
 
 def held_out(names: Iterable[str]) -> set[str]:
-    """The 3 % of the names whose hashes are lowest: spread over all packages, independent of order and seed."""
+    """The 3 % of the names whose hashes are lowest: from all packages, whatever the order and the seed."""
     ranked = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
     return set(ranked[: round(0.03 * len(ranked))])
 
@@ -93,7 +105,9 @@ def read_sources(root: Path) -> dict[str, str]:
     sources: dict[str, str] = {}
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root)
-        if SKIPPED_FOLDERS.intersection(name.parts) or name.parts[0].startswith(("config-", "_sysconfigdata")):
+        if SKIPPED_FOLDERS.intersection(name.parts) or name.parts[0].startswith(
+            ("config-", "_sysconfigdata")
+        ):
             continue
         text = path.read_bytes().decode("utf-8", errors="ignore").replace("\r\n", "\n")
         if len(text) > 40 and not is_table(text):
@@ -136,7 +150,7 @@ def ask(node: ast.FunctionDef | ast.ClassDef, doc: str, rng: random.Random) -> s
 
 
 def make_chats(sources: dict[str, str], rng: random.Random) -> list[str]:
-    """Conversations of one to three turns, cut out of each file's short functions and classes; no bos in front."""
+    """Conversations of one to three turns, cut out of each file's short functions and classes; no bos."""
     chats: list[str] = []
     for text in sources.values():
         turns: list[str] = []
@@ -178,8 +192,11 @@ def encode(tokenizer: Tokenizer, pieces: list[str]) -> list[int]:
 
 @dataclass(slots=True)
 class Windows:
-    """Windows of any length spread over the data by the golden ratio: each batch sees far-apart places, and each
-    round falls into the gaps of those before it, so that nothing is seen twice while something is unseen."""
+    """Windows of any length, spread over the data by the golden ratio.
+
+    Each batch sees places far apart, and each round falls into the gaps of those before it, so that little is
+    seen twice while something is unseen.
+    """
 
     data: Tensor
     num_rows: int = 0
@@ -194,7 +211,7 @@ class Windows:
         return self.data[starts[:, None] + torch.arange(columns + 1)].long()
 
 
-# --- training ---------------------------------------------------------------------------------------------------------
+# --- training -----------------------------------------------------------------------------------------------
 
 
 def build_model() -> LlamaForCausalLM:
@@ -228,8 +245,8 @@ def loss_of(model: LlamaForCausalLM, window: Tensor) -> Tensor:
 def backward(model: LlamaForCausalLM, window: Tensor, pool: Executor) -> float:
     """Gradients of the mean loss, summed up by the pool's threads from quarters of the batch.
 
-    Two threads with a core each, where torch's own would meet at the end of each operation: that loses little on a
-    quiet machine and far less on a busy one, where the slower thread would hold up the other thousands of times.
+    Two threads with a core each. Torch's own would meet at the end of each operation; on a busy machine the
+    slower one then holds up the other thousands of times in a step.
     """
     parts = window.chunk(4)
 
@@ -270,7 +287,9 @@ class Muon:
         average.lerp_(grads, 0.05)
         updates = orthogonalize(grads.lerp(average, 0.95))
         for param, update in zip(params, updates, strict=True):
-            param.mul_(1 - 0.02 * lr).sub_(update, alpha=lr * max(1.0, param.shape[0] / param.shape[1]) ** 0.5)
+            param.mul_(1 - 0.02 * lr).sub_(
+                update, alpha=lr * max(1.0, param.shape[0] / param.shape[1]) ** 0.5
+            )
 
 
 def lr_scale(progress: float) -> float:
@@ -279,7 +298,7 @@ def lr_scale(progress: float) -> float:
 
 
 def window_shape(progress: float, step: int) -> tuple[int, int]:
-    """Rows and columns of a batch: 4,096 tokens, half of that at first; long rows, dear on a CPU, come last."""
+    """Rows and columns of a batch: 4,096 tokens, at first half of it; long rows, dear on a CPU, last."""
     if progress < 0.2:
         return 8, 256
     if progress < 0.5:
@@ -288,21 +307,20 @@ def window_shape(progress: float, step: int) -> tuple[int, int]:
     return 4096 // columns, columns
 
 
-def train(model: LlamaForCausalLM, windows: Windows, minutes: float) -> int:
+def train(model: LlamaForCausalLM, windows: Windows, minutes: float, pool: Executor) -> int:
     """Trains until the clock says stop; the number of steps."""
     hidden = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     muon = Muon(hidden, lr=0.02)
     adam = torch.optim.AdamW(others, lr=4e-3, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0)
-    pool = ThreadPoolExecutor(2)
     start = last = time.monotonic()
     losses: list[float] = []
     for step in itertools.count():
         now = time.monotonic()
         progress = (now - start) / (60 * minutes)
         if losses and now - last > 10:
-            rate = windows.num_tokens / (now - start)
-            print(f"{now - start:5.0f} s  step {step:5d}  loss {sum(losses) / len(losses):.4f}  {rate:.0f} tok/s", flush=True)
+            mean, rate = sum(losses) / len(losses), windows.num_tokens / (now - start)
+            print(f"{now - start:5.0f} s  step {step:5d}  loss {mean:.4f}  {rate:.0f} tok/s", flush=True)
             last, losses = now, []
         if progress >= 1:
             return step
@@ -317,11 +335,11 @@ def train(model: LlamaForCausalLM, windows: Windows, minutes: float) -> int:
     raise AssertionError("count() never ends")
 
 
-# --- result -----------------------------------------------------------------------------------------------------------
+# --- result -------------------------------------------------------------------------------------------------
 
 
 def save(model: LlamaForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
-    """The Hugging Face folder, weights in bf16; the tokenizer's files are written by hand, free of defaults."""
+    """The Hugging Face folder, weights in bf16; the tokenizer's config is ours, free of defaults."""
     out.mkdir(parents=True, exist_ok=True)
     eos = [tokenizer.token_to_id(EOT), tokenizer.token_to_id(END)]
     model.generation_config = GenerationConfig(bos_token_id=eos[0], eos_token_id=eos, pad_token_id=eos[0])
@@ -346,7 +364,10 @@ def save(model: LlamaForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
 @torch.no_grad()
 def evaluate(model: LlamaForCausalLM, tokenizer: Tokenizer, texts: list[str]) -> tuple[float, float]:
     """Nats per token and bits per byte of the held-out files, in windows of 1,024."""
-    ids = [tokenizer.token_to_id(EOT), *itertools.chain.from_iterable(encode(tokenizer, [text]) for text in texts)]
+    ids = [
+        tokenizer.token_to_id(EOT),
+        *itertools.chain.from_iterable(encode(tokenizer, [text]) for text in texts),
+    ]
     total = 0.0
     for start in range(0, len(ids) - 1, 1024):
         window = torch.tensor([ids[start : start + 1025]])
@@ -381,27 +402,29 @@ def samples(out: Path) -> Iterator[str]:
 README = """\
 # The demo model of pdserve
 
-A Llama of {params:,} parameters (4 layers, hidden size 256, 4 heads over 2 key/value heads, tied embeddings, bf16) with
-its own byte-level BPE tokenizer of {vocab:,} tokens. It exists so that pdserve runs and is tested on a machine without
-network and GPU. It writes text that looks like Python; it does not know anything.
+A Llama of {params:,} parameters (4 layers, hidden size 256, 4 heads over 2 key/value heads, tied
+embeddings, bf16) with its own byte-level BPE tokenizer of {vocab:,} tokens. It exists so
+that pdserve runs and is tested on a machine without network and GPU. It writes text that looks like Python; it
+does not know anything.
 
 | | |
 |---|---|
 | made by | `python tools/train_demo_model.py --out {out} --minutes {minutes:g} --seed {seed}` |
-| data | Python {version} standard library sources: {files} files, {megabytes:.1f} MB, {tokens:,} tokens with {chats:,} chats \
-cut out of them; tests, idlelib, lib2to3, tables and duplicates left out |
-| training | {steps:,} steps of 2,048 to 4,096 tokens, {seen:,} tokens, {minutes:g} minutes on two CPU cores in fp32 |
-| held out | {held} files, {held_bytes:,} bytes: **{nats:.3f} nats per token, {bits:.3f} bits per byte** (bf16 weights) |
+| data | sources of Python {version}'s standard library; no tests, idlelib, lib2to3, tables, duplicates |
+| amount | {files} files, {megabytes:.1f} MB; with {chats:,} chats cut out of them {tokens:,} tokens |
+| training | {seen:,} tokens in {steps:,} steps; {minutes:g} minutes on two CPU cores, fp32 |
+| held out | {held} files, {held_bytes:,} bytes |
+| held-out loss | **{nats:.3f} nats per token, {bits:.3f} bits per byte** with the bf16 weights |
 | context | {context:,} tokens; rows of 256 to 2,048 tokens in training |
 | size | {size:,} bytes of weights |
 
-`<|endoftext|>` ends each document and so precedes the next one; the tokenizer adds none by itself, the chat template
-writes it once in front. Generation stops at `<|endoftext|>` or `<|end|>`. The schedule follows the clock, so another
-machine gives a slightly different model for the same seed.
+`<|endoftext|>` ends each document and so precedes the next one; the tokenizer adds none by itself, the chat
+template writes it once in front. Generation stops at `<|endoftext|>` or `<|end|>`. The schedule follows the
+clock, so another machine, or a busier one, gives another model for the same seed.
 
-**Licence.** The data is under the PSF License Version 2, copyright © 2001 Python Software Foundation, all rights
-reserved, and the model can repeat pieces of it: that licence and notice stay with the weights. Otherwise the files here
-are under pdserve's licence, Apache-2.0.
+**Licence.** The data is under the PSF License Version 2, copyright © 2001 Python Software Foundation, all
+rights reserved, and the model can repeat pieces of it: that licence and notice stay with the weights.
+Otherwise the files here are under pdserve's licence, Apache-2.0.
 
 ## Greedy samples
 
@@ -411,8 +434,19 @@ What follows `▸` is the model's; 64 tokens at most. The last {questions} are c
 """
 
 
-def fill_readme(facts: dict[str, object], out: Path) -> str:
-    return README.format(**facts, samples="\n\n".join(samples(out)), questions=len(QUESTIONS), vocab=NUM_VOCAB, context=MAX_LEN)
+def write_readme(out: Path, facts: dict[str, object]) -> None:
+    text = "\n\n".join(samples(out))
+    readme = README.format(
+        **facts,
+        out=out,
+        samples=text,
+        questions=len(QUESTIONS),
+        vocab=NUM_VOCAB,
+        context=MAX_LEN,
+        version=sysconfig.get_python_version(),
+        size=(out / "model.safetensors").stat().st_size,
+    )
+    (out / "README.md").write_text(readme)
 
 
 def run(out: Path, minutes: float, seed: int) -> None:
@@ -425,31 +459,47 @@ def run(out: Path, minutes: float, seed: int) -> None:
     kept = {name: text for name, text in sources.items() if name not in held_names}
     chats = make_chats(kept, rng)
     tokenizer = train_tokenizer(list(kept.values()))
-    docs = [torch.tensor(encode(tokenizer, cut(text, rng)), dtype=torch.int32) for text in [*kept.values(), *chats]]
-    num_tokens = sum(map(len, docs))
-    num_chat = sum(map(len, docs[len(kept) :]))
-    print(f"{len(kept)} files, {len(chats)} chats, {num_tokens} tokens, of chats {num_chat}; {len(held)} files held out", flush=True)
-    model = build_model()
+    docs = [
+        torch.tensor(encode(tokenizer, cut(text, rng)), dtype=torch.int32)
+        for text in [*kept.values(), *chats]
+    ]
+    num_tokens, num_chat = sum(map(len, docs)), sum(map(len, docs[len(kept) :]))
+    print(
+        f"{len(kept)} files, {len(held)} held out; {num_tokens} tokens, {num_chat} in {len(chats)} chats",
+        flush=True,
+    )
     rng.shuffle(docs)
     windows = Windows(torch.cat(docs))
-    steps = train(model, windows, minutes)
+    model = build_model()
+    with ThreadPoolExecutor(2) as pool:
+        steps = train(model, windows, minutes, pool)
     save(model, tokenizer, out)
     nats, bits = evaluate(model.float(), tokenizer, held)
     print(f"held-out loss {nats:.4f} nats per token, {bits:.4f} bits per byte", flush=True)
     facts: dict[str, object] = {
-        "out": out, "minutes": minutes, "seed": seed, "steps": steps, "seen": windows.num_tokens, "nats": nats, "bits": bits,
-        "params": model.num_parameters(), "version": sysconfig.get_python_version(), "files": len(kept),
-        "megabytes": sum(len(text.encode()) for text in kept.values()) / 1e6, "tokens": num_tokens, "chats": len(chats),
-        "held": len(held), "held_bytes": sum(len(text.encode()) for text in held),
-        "size": (out / "model.safetensors").stat().st_size,
-    }  # fmt: skip
-    (out / "README.md").write_text(fill_readme(facts, out))
+        "minutes": minutes,
+        "seed": seed,
+        "params": model.num_parameters(),
+        "files": len(kept),
+        "megabytes": sum(len(text.encode()) for text in kept.values()) / 1e6,
+        "chats": len(chats),
+        "tokens": num_tokens,
+        "steps": steps,
+        "seen": windows.num_tokens,
+        "held": len(held),
+        "held_bytes": sum(len(text.encode()) for text in held),
+        "nats": nats,
+        "bits": bits,
+    }
+    write_readme(out, facts)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the result, made if missing")
-    parser.add_argument("--minutes", type=float, default=17.5, help="training time; the rest takes about one more")
+    parser.add_argument(
+        "--minutes", type=float, default=17.5, help="training time; the rest takes about one more"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     run(args.out, args.minutes, args.seed)

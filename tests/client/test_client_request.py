@@ -6,7 +6,6 @@ import math
 
 import numpy as np
 import pytest
-
 from pdserve.client.request import GenerateOptions, checked_timeout, generate_request, tokenize_request
 from pdserve.proto.errors import InvalidRequest
 

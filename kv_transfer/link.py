@@ -1,0 +1,147 @@
+"""What a link is: two small contracts, the header that announces a transfer, and the checks before a byte moves.
+
+A link moves whole blocks from one worker's pool to another's. A pool is a uint8 tensor `[num_blocks, block_bytes]`,
+contiguous, in host memory. Calls block, one at a time per link; each has a deadline. A link that failed once is not
+used again: it is closed and rebuilt under a new epoch. Sizes come from the receiver's own reservation, never from a
+message.
+
+Knows nothing of leases, digests or who the peers are.
+"""
+
+from __future__ import annotations
+
+import struct
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from xxhash import xxh3_64_intdigest
+
+from pdserve.proto.errors import LayoutMismatch, StaleReference, TransferFailed
+from pdserve.proto.types import HandoffId
+
+MAGIC = b"PDKVLINK"
+VERSION = 1
+_HEADER = struct.Struct("<8sIIQQQQ")  # magic, version, num_blocks, block_bytes, layout, link epoch, hand-off
+HEADER_BYTES = _HEADER.size
+
+Bytes = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """One hand-off's blocks on one link. Both ends build it from what they know and compare."""
+
+    id: HandoffId
+    num_blocks: int
+    block_bytes: int
+    layout_hash: int
+    link_epoch: int
+
+    def header(self) -> bytes:
+        handoff = xxh3_64_intdigest(str(self.id).encode())
+        return _HEADER.pack(
+            MAGIC, VERSION, self.num_blocks, self.block_bytes, self.layout_hash, self.link_epoch, handoff
+        )
+
+
+class LinkSource(Protocol):
+    """The end that holds the blocks. One-sided kinds have none."""
+
+    def send(self, transfer: Transfer, block_ids: Sequence[int], timeout_s: float) -> None:
+        """Send these blocks of the pool, in order; returns when their memory is no longer read.
+
+        Raises `TransferFailed`, `LayoutMismatch` or `StaleReference`; their memory is not read any more then, either.
+        """
+
+    def close(self) -> None:
+        """Let go of everything; harmless when repeated. A call in progress ends at its own deadline at the latest."""
+
+
+class LinkSink(Protocol):
+    """The end that wants the blocks."""
+
+    @property
+    def address(self) -> str:
+        """Where the source finds this end; "" for kinds that need none."""
+
+    def receive(
+        self, transfer: Transfer, source_block_ids: Sequence[int], target_block_ids: Sequence[int], timeout_s: float
+    ) -> None:
+        """Fill the target blocks of the pool with the source blocks, in order; returns when all bytes are there.
+
+        Raises `TransferFailed`, `LayoutMismatch` or `StaleReference`; nothing is written any more then, but target
+        blocks may hold part of the bytes. No other block is ever written.
+        """
+
+    def close(self) -> None:
+        """As for the source."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinkEnd:
+    """What either end of any link holds: the pool and what it may carry."""
+
+    pool: torch.Tensor
+    layout_hash: int
+    link_epoch: int
+
+    @property
+    def rows(self) -> Bytes:
+        """`[num_blocks, block_bytes]`, the same memory."""
+        rows: Bytes = self.pool.numpy()
+        assert rows.dtype == np.uint8
+        assert rows.ndim == 2
+        assert rows.flags.c_contiguous
+        return rows
+
+    def check(self, transfer: Transfer, block_ids: Sequence[int]) -> None:
+        """Raise unless `transfer` is for this link and these are blocks of this pool."""
+        num_blocks, block_bytes = self.pool.shape
+        if transfer.link_epoch != self.link_epoch:
+            raise StaleReference(f"{transfer.id}: link epoch is {self.link_epoch}, not {transfer.link_epoch}")
+        if (transfer.layout_hash, transfer.block_bytes) != (self.layout_hash, block_bytes):
+            raise LayoutMismatch(f"{transfer.id}: the transfer's KV layout is not this pool's")
+        check_block_ids(transfer, block_ids, num_blocks)
+
+
+def check_block_ids(transfer: Transfer, block_ids: Sequence[int], pool_blocks: int) -> None:
+    """Raise `TransferFailed` unless these are `transfer.num_blocks` different blocks of a pool of `pool_blocks`."""
+    if len(block_ids) != transfer.num_blocks or len(set(block_ids)) != transfer.num_blocks:
+        raise TransferFailed(f"{transfer.id}: {transfer.num_blocks} different blocks announced, {len(block_ids)} named")
+    if any(not 0 <= block_id < pool_blocks for block_id in block_ids):
+        raise TransferFailed(f"{transfer.id}: names a block outside the pool of {pool_blocks}")
+
+
+def check_header(received: bytes, expected: Transfer) -> None:
+    """Raise unless the peer announces exactly `expected`: `TransferFailed`, `LayoutMismatch` or `StaleReference`."""
+    if received == expected.header():
+        return
+    magic, version, num_blocks, block_bytes, layout, link_epoch, _ = _HEADER.unpack(received)
+    if (magic, version) != (MAGIC, VERSION):
+        raise TransferFailed(f"{expected.id}: the peer speaks another link protocol ({magic!r} version {version})")
+    if (layout, block_bytes) != (expected.layout_hash, expected.block_bytes):
+        raise LayoutMismatch(f"{expected.id}: the peer sends blocks of another KV layout ({block_bytes} bytes each)")
+    if link_epoch != expected.link_epoch:
+        raise StaleReference(f"{expected.id}: the peer sends on link epoch {link_epoch}, not {expected.link_epoch}")
+    if num_blocks != expected.num_blocks:
+        raise TransferFailed(f"{expected.id}: the peer sends {num_blocks} blocks, not {expected.num_blocks}")
+    raise StaleReference(f"{expected.id}: the peer sends another hand-off")
+
+
+class Deadline:
+    """A point in time that several waits of one call share."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self._at_s = time.monotonic() + timeout_s
+
+    def left_s(self) -> float:
+        """Seconds left, always positive. Raises `TransferFailed` once there are none."""
+        left_s = self._at_s - time.monotonic()
+        if left_s <= 0:
+            raise TransferFailed("the transfer's deadline passed")
+        return left_s

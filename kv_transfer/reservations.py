@@ -1,0 +1,134 @@
+"""Owner of every reservation of one decode worker: a thin table over `reservation.step`.
+
+Each method returns what to do, in order. Room is given in order of offers; an offer that does not fit holds back
+those behind it, so that a long prompt is not starved by short ones. Knows no clock and does no I/O.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
+from pdserve.kv_transfer.effects import raise_refusal
+from pdserve.kv_transfer.reservation import (
+    Abort,
+    BlocksRefused,
+    BlocksTaken,
+    Effects,
+    Expect,
+    Offer,
+    Phase,
+    RenewDue,
+    RenewLease,
+    Reservation,
+    ReservationEvent,
+    Room,
+    Tick,
+    Timeouts,
+    TransferEnded,
+    Verified,
+    WireIdle,
+)
+from pdserve.kv_transfer.reservation_step import step
+from pdserve.proto.types import HandoffId, KVLayout, KVTicket, WorkerRef
+
+
+class ReservationTable:
+    """`layout` is this worker's own; tickets with another are refused."""
+
+    def __init__(self, layout: KVLayout, timeouts: Timeouts) -> None:
+        self._layout = layout
+        self._timeouts = timeouts
+        self._reservations: dict[HandoffId, Reservation] = {}
+
+    @property
+    def reservations(self) -> Mapping[HandoffId, Reservation]:
+        return MappingProxyType(self._reservations)
+
+    @property
+    def reserved_blocks(self) -> int:
+        """Promised, not taken."""
+        waiting = (Phase.RESERVED, Phase.OFFERED)
+        return sum(entry.num_blocks for entry in self._reservations.values() if entry.phase in waiting)
+
+    def num_blocks(self, *phases: Phase) -> int:
+        """Blocks that are taken for hand-offs in these phases."""
+        return sum(len(entry.block_ids) for entry in self._reservations.values() if entry.phase in phases)
+
+    @property
+    def quarantined_blocks(self) -> int:
+        return self.num_blocks(Phase.QUARANTINED)
+
+    @property
+    def next_deadline_s(self) -> float | None:
+        """When `sweep` or `due_renewals` next has something to do; `None` if never without a new event."""
+        live = [entry for entry in self._reservations.values() if entry.phase is not Phase.QUARANTINED]
+        renewals = (entry.renew_at_s for entry in live if entry.is_leased)
+        return min([*(entry.deadline_s for entry in live), *renewals], default=None)
+
+    def expect(
+        self, id: HandoffId, source: WorkerRef, num_tokens: int, request_deadline_s: float, now_s: float
+    ) -> Effects:
+        """Reserve room for a prompt of `num_tokens`. Raises `DuplicateRequest` if another use of `id` is in flight."""
+        event = Expect(id, source, num_tokens, self._layout, self._timeouts, request_deadline_s)
+        effects = self._step(event, now_s)
+        raise_refusal(effects)
+        return effects
+
+    def offer(self, ticket: KVTicket, now_s: float) -> Effects:
+        """The source has the KV. A `Refused` among the effects must be raised to it, after the others are done:
+        `StaleReference` (not expected, or not from there) or `LayoutMismatch` (the request has failed, too).
+        """
+        return self._step(Offer(ticket.id, ticket), now_s)
+
+    def on_room(self, num_free_blocks: int, now_s: float) -> Effects:
+        """Ask for blocks for those offers, oldest first, that fit into what is free and not asked for yet."""
+        waiting = [entry for entry in self._reservations.values() if entry.phase is Phase.OFFERED]
+        room = num_free_blocks - sum(entry.num_blocks for entry in waiting if entry.asked)
+        effects: list[Effects] = []
+        for entry in sorted((entry for entry in waiting if not entry.asked), key=lambda entry: entry.offered_s):
+            room -= entry.num_blocks
+            if room < 0:
+                break
+            effects.append(self._step(Room(entry.id), now_s))
+        return sum(effects, ())
+
+    def blocks_taken(self, id: HandoffId, block_ids: Sequence[int], now_s: float) -> Effects:
+        return self._step(BlocksTaken(id, tuple(block_ids)), now_s)
+
+    def blocks_refused(self, id: HandoffId, now_s: float) -> Effects:
+        return self._step(BlocksRefused(id), now_s)
+
+    def transfer_ended(self, id: HandoffId, now_s: float, error_kind: str = "", message: str = "") -> Effects:
+        return self._step(TransferEnded(id, error_kind, message), now_s)
+
+    def wire_idle(self, id: HandoffId, now_s: float) -> Effects:
+        return self._step(WireIdle(id), now_s)
+
+    def verified(self, id: HandoffId, now_s: float, error_kind: str = "", message: str = "") -> Effects:
+        return self._step(Verified(id, error_kind, message), now_s)
+
+    def abort(self, id: HandoffId, reason: str, now_s: float, error_kind: str = "RequestCancelled") -> Effects:
+        """End the request at once: cancelled, source lost (`WorkerLost`), lease lost (`TransferFailed`)."""
+        return self._step(Abort(id, reason, error_kind), now_s)
+
+    def due_renewals(self, now_s: float) -> dict[WorkerRef, tuple[HandoffId, ...]]:
+        """Leases to renew now, by source; they count as renewed at `now_s`."""
+        due: dict[WorkerRef, tuple[HandoffId, ...]] = {}
+        for id in list(self._reservations):
+            for effect in self._step(RenewDue(id), now_s):
+                assert isinstance(effect, RenewLease)
+                due[effect.source] = (*due.get(effect.source, ()), effect.id)
+        return due
+
+    def sweep(self, now_s: float) -> Effects:
+        """End what missed its deadline. Visits every reservation: deadlines are in no order."""
+        return tuple(effect for id in list(self._reservations) for effect in self._step(Tick(id), now_s))
+
+    def _step(self, event: ReservationEvent, now_s: float) -> Effects:
+        reservation, effects = step(self._reservations.get(event.id), event, now_s)
+        if reservation is None:
+            self._reservations.pop(event.id, None)
+        else:
+            self._reservations[event.id] = reservation
+        return effects

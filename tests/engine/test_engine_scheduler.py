@@ -1,0 +1,289 @@
+"""The scheduler and the pool, with a pretend model: budgets, order, preemption, and nothing lost or leaked."""
+
+from __future__ import annotations
+
+import pytest
+from engine_runs import request
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pdserve.engine.block_pool import BlockPool, BlockState
+from pdserve.engine.scheduler import Limit, Scheduler, SequenceStep, StepPlan
+from pdserve.engine.sequence import Sequence
+from pdserve.proto.types import TokenInfo
+
+BLOCK = 4
+
+
+def scheduler(num_blocks: int = 20, seqs: int = 8, tokens: int = 16, model_len: int = 81) -> Scheduler:
+    return Scheduler(
+        BlockPool(num_blocks),
+        block_size=BLOCK,
+        max_num_seqs=seqs,
+        max_num_batched_tokens=tokens,
+        max_model_len=model_len,
+    )
+
+
+def fresh(num_prompt: int, max_tokens: int = 4, hand_off: bool = False) -> Sequence:
+    return Sequence(request(range(1, num_prompt + 1), max_tokens), 0.0, hand_off)
+
+
+def redeemed(target: Scheduler, num_prompt: int, max_tokens: int = 4) -> Sequence:
+    blocks = target.pool.take(-(-num_prompt // BLOCK), BlockState.RECEIVING)
+    target.pool.move(blocks, BlockState.RECEIVING, BlockState.RUNNING)
+    return Sequence.redeemed(request(range(1, num_prompt + 1), max_tokens), 7, blocks, 0.0)
+
+
+def execute(target: Scheduler, plan: StepPlan) -> tuple[SequenceStep, ...]:
+    return target.commit(plan, [TokenInfo(9)] * len(plan.sampled), 1.0)
+
+
+def spans(plan: StepPlan) -> list[tuple[int, int, bool]]:
+    return [(item.start, item.num_tokens, item.samples) for item in plan.scheduled]
+
+
+def test_a_long_prompt_is_cut_by_the_token_budget() -> None:
+    target = scheduler()
+    target.add(fresh(40))
+    seen = []
+    for _ in range(3):
+        plan = target.schedule(0.0)
+        seen += spans(plan)
+        execute(target, plan)
+    assert seen == [(0, 16, False), (16, 16, False), (32, 8, True)]
+
+
+def test_decodes_go_before_an_older_prefill() -> None:
+    target = scheduler(tokens=8)
+    long, short = fresh(40), fresh(2)
+    target.add(short)
+    target.add(long)
+    execute(target, target.schedule(0.0))
+    assert spans(target.schedule(0.0)) == [(2, 1, True), (6, 7, False)]
+
+
+def test_waiting_sequences_are_first_come_first_served_and_nobody_overtakes_the_head() -> None:
+    target = scheduler(num_blocks=4, model_len=17)
+    first, second, third = fresh(8), fresh(12), fresh(1)
+    for sequence in (first, second, third):
+        target.add(sequence)
+    plan = target.schedule(0.0)
+    assert [item.sequence for item in plan.scheduled] == [first]
+    assert plan.limit is Limit.BLOCKS
+    assert target.wanted_blocks == 3
+
+
+def test_the_number_of_running_sequences_is_bounded() -> None:
+    target = scheduler(seqs=2)
+    for _ in range(3):
+        target.add(fresh(2))
+    plan = target.schedule(0.0)
+    assert (len(plan.scheduled), plan.limit, target.num_running, target.num_waiting) == (2, Limit.SEQS, 2, 1)
+
+
+def test_redeemed_sequences_are_admitted_ahead_of_fresh_ones() -> None:
+    target = scheduler(seqs=1)
+    waiting = fresh(4)
+    target.add(waiting)
+    late = redeemed(target, 6)
+    target.add(late)
+    plan = target.schedule(0.0)
+    assert [item.sequence for item in plan.scheduled] == [late]
+    assert spans(plan) == [(6, 1, True)]
+
+
+def test_the_youngest_holder_is_evicted_and_returns_to_the_front_with_its_tokens() -> None:
+    target = scheduler(num_blocks=4, model_len=17)
+    old, young, waiting = fresh(8, 8), fresh(7, 8), fresh(2)
+    for sequence in (old, young, waiting):
+        target.add(sequence)
+    execute(target, target.schedule(0.0))
+    tokens = list(young.token_ids)
+    plan = target.schedule(0.0)
+    assert plan.preempted == (young,)
+    assert [item.sequence for item in plan.scheduled] == [old]
+    assert (young.num_computed, young.token_ids, young.num_recomputed_tokens, young.block_ids) == (0, tokens, 7, [])
+    execute(target, plan)
+    while old in [item.sequence for item in (plan := target.schedule(0.0)).scheduled]:
+        execute(target, plan)
+    assert plan.scheduled[0].sequence is young
+
+
+def test_nobody_evicts_an_older_sequence_but_misses_the_step_instead() -> None:
+    target = scheduler(num_blocks=4, model_len=17)
+    old, young = fresh(7, 8), fresh(8, 8)
+    target.add(old)
+    target.add(young)
+    execute(target, target.schedule(0.0))
+    plan = target.schedule(0.0)
+    assert [item.sequence for item in plan.scheduled] == [old]
+    assert plan.preempted == ()
+    assert young.num_computed == 8
+
+
+def test_blocks_held_outside_stall_the_oldest_until_they_come_back() -> None:
+    target = scheduler(num_blocks=4, model_len=17)
+    leased = target.pool.take(2, BlockState.LEASED)
+    sequence = fresh(8)
+    target.add(sequence)
+    execute(target, target.schedule(0.0))
+    assert target.schedule(0.0).num_tokens == 0
+    target.pool.release(leased, BlockState.LEASED)
+    assert target.schedule(0.0).num_tokens == 1
+
+
+def test_a_waiting_redeemed_sequence_gives_its_blocks_to_an_older_one() -> None:
+    target = scheduler(num_blocks=4, seqs=1, model_len=17)
+    old = fresh(8, 8)
+    target.add(old)
+    execute(target, target.schedule(0.0))
+    late = redeemed(target, 8)
+    target.add(late)
+    plan = target.schedule(0.0)
+    assert plan.preempted == (late,)
+    assert late.num_tokens == 9
+    assert [item.sequence for item in plan.scheduled] == [old]
+
+
+def test_queued_tokens_are_those_known_and_not_computed() -> None:
+    target = scheduler()
+    target.add(fresh(40))
+    target.add(redeemed(target, 6))
+    assert target.queued_tokens == 41
+    execute(target, target.schedule(0.0))
+    assert target.queued_tokens == 26  # the redeemed one decoded a token and knows the next; 15 of the prompt are done
+
+
+ARRIVAL = st.tuples(
+    st.integers(0, 12),  # step at which it arrives
+    st.integers(1, 40),  # prompt
+    st.integers(1, 30),  # max_tokens
+    st.sampled_from(["fresh", "hand off", "redeemed"]),
+    st.one_of(st.none(), st.integers(1, 20)),  # steps until it is aborted
+)
+
+
+class Rig:
+    """Drives a scheduler at random and checks every step."""
+
+    def __init__(self, num_blocks: int, seqs: int, tokens: int) -> None:
+        self.scheduler = scheduler(num_blocks, seqs, tokens, model_len=num_blocks * BLOCK + 1)
+        self.pool = self.scheduler.pool
+        self.ends: dict[int, int] = {}
+        self.leases: list[tuple[int, list[int]]] = []
+        self.alive: list[Sequence] = []
+
+    def add(self, kind: str, num_prompt: int, max_tokens: int) -> Sequence | None:
+        num_prompt = min(num_prompt, self.scheduler.max_model_len - 2)
+        if kind == "redeemed":
+            needed = -(-num_prompt // BLOCK)
+            if max_tokens < 2 or not self.pool.can_take(needed + self.scheduler.wanted_blocks):
+                return None
+            sequence = redeemed(self.scheduler, num_prompt, max_tokens)
+        else:
+            sequence = fresh(num_prompt, max_tokens, hand_off=kind == "hand off")
+        self.scheduler.add(sequence)
+        self.ends[id(sequence)] = 0
+        self.alive.append(sequence)
+        return sequence
+
+    def abort(self, sequence: Sequence) -> None:
+        if self.scheduler.abort(sequence.request.id) is not None:
+            self.ends[id(sequence)] += 1
+            self.alive.remove(sequence)
+
+    def step(self, number: int) -> None:
+        for expiry, blocks in [lease for lease in self.leases if lease[0] <= number]:
+            self.pool.release(blocks, BlockState.LEASED)
+            self.leases.remove((expiry, blocks))
+        oldest = min(self.alive, key=lambda s: s.order, default=None)
+        before = (oldest.num_computed, oldest.num_tokens) if oldest else None
+        plan = self.scheduler.schedule(float(number))
+        assert plan.num_tokens <= self.scheduler.max_num_batched_tokens
+        assert self.scheduler.num_running <= self.scheduler.max_num_seqs
+        assert len({id(item.sequence) for item in plan.scheduled}) == len(plan.scheduled)
+        assert not {id(s) for s in plan.preempted} & {id(item.sequence) for item in plan.scheduled}
+        assert oldest not in plan.preempted, "the oldest was evicted"
+        for item in plan.scheduled:
+            assert item.end <= item.sequence.table.capacity_tokens
+        for done in execute(self.scheduler, plan):
+            self._book(done, number)
+        self.pool.check_integrity()
+        held = sum(len(sequence.block_ids) for sequence in self.alive)
+        assert held == self.pool.count(BlockState.RUNNING), "a block is running for nobody"
+        if oldest and oldest in self.alive and oldest.block_ids and not self.leases:
+            assert (oldest.num_computed, oldest.num_tokens) != before, "the oldest did not move"
+
+    def _book(self, done: SequenceStep, number: int) -> None:
+        sequence = done.sequence
+        assert self.ends[id(sequence)] == 0, "a token after the end"
+        if done.finish or done.handed_off:
+            self.ends[id(sequence)] += 1
+            self.alive.remove(sequence)
+        if done.finish:
+            params = sequence.request.sampling
+            limit = min(params.max_tokens, self.scheduler.max_model_len - sequence.num_prompt_tokens)
+            assert sequence.num_output_tokens == limit
+        if done.handed_off:
+            self.leases.append((number + 3, sequence.block_ids))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    arrivals=st.lists(ARRIVAL, max_size=14),
+    num_blocks=st.integers(2, 14),
+    seqs=st.integers(1, 6),
+    tokens=st.integers(6, 20),
+)
+def test_every_sequence_ends_once_and_every_block_comes_back(
+    arrivals: list[tuple[int, int, int, str, int | None]], num_blocks: int, seqs: int, tokens: int
+) -> None:
+    rig = Rig(num_blocks, seqs, tokens)
+    aborts: list[tuple[int, Sequence]] = []
+    number = 0
+    while number <= 12 or rig.scheduler.has_work or rig.leases:
+        for _, num_prompt, max_tokens, kind, patience in [a for a in arrivals if a[0] == number]:
+            sequence = rig.add(kind, num_prompt, max_tokens)
+            if sequence is not None and patience is not None:
+                aborts.append((number + patience, sequence))
+        for _, sequence in [entry for entry in aborts if entry[0] == number]:
+            rig.abort(sequence)
+        rig.step(number)
+        number += 1
+        assert number < 3000, "no end in sight"
+    assert all(count == 1 for count in rig.ends.values())
+    assert rig.pool.num_free == num_blocks
+
+
+def test_the_pool_catches_a_double_free_and_a_wrong_move() -> None:
+    pool = BlockPool(4)
+    blocks = pool.take(2, BlockState.RUNNING)
+    pool.move(blocks, BlockState.RUNNING, BlockState.LEASED)
+    with pytest.raises(AssertionError, match="is leased, not running"):
+        pool.release(blocks, BlockState.RUNNING)
+    pool.release(blocks, BlockState.LEASED)
+    with pytest.raises(AssertionError, match="is free, not leased"):
+        pool.release(blocks, BlockState.LEASED)
+    with pytest.raises(AssertionError, match="took 5 blocks of 4"):
+        pool.take(5, BlockState.RUNNING)
+    pool.check_integrity()
+
+
+def test_a_failed_release_changes_nothing() -> None:
+    pool = BlockPool(4)
+    (mine,) = pool.take(1, BlockState.RUNNING)
+    with pytest.raises(AssertionError):
+        pool.release([mine, mine], BlockState.RUNNING)
+    with pytest.raises(AssertionError):
+        pool.release([mine, -1], BlockState.RUNNING)
+    assert pool.state(mine) is BlockState.RUNNING
+    pool.check_integrity()
+
+
+def test_promises_are_counted_and_take_nothing() -> None:
+    pool = BlockPool(4)
+    pool.reserve(6)
+    assert (pool.num_reserved, pool.num_free) == (6, 4)
+    pool.unreserve(6)
+    with pytest.raises(AssertionError):
+        pool.unreserve(1)

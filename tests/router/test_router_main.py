@@ -1,0 +1,108 @@
+"""The router as an operating system process: start, one line, stop, and the ways it refuses to start."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from pdserve.router.config import RouterProcessConfig
+
+COMMAND = [sys.executable, "-m", "pdserve.router"]
+
+
+def write_config(path: Path, model_dir: Path, **changes: Any) -> Path:
+    config = {"controller_address": "127.0.0.1:1", "model_dir": str(model_dir), **changes}
+    path.write_text(json.dumps(config))
+    return path
+
+
+def test_importing_the_router_brings_neither_torch_nor_ray_nor_transformers() -> None:
+    code = (
+        "import sys, pdserve.router.main; "
+        "sys.exit(any(name.split('.')[0] in ('torch', 'ray', 'transformers', 'numpy') for name in sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.fixture
+def process(bare_model_dir: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    config = write_config(tmp_path / "router.json", bare_model_dir)
+    with subprocess.Popen(
+        [*COMMAND, str(config), "--exit-with-parent"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        yield process
+        process.kill()
+
+
+def test_one_json_line_says_where_it_serves(process: subprocess.Popen[str]) -> None:
+    assert process.stdout is not None
+    line = json.loads(process.stdout.readline())
+    assert set(line) == {"address", "metrics_address"}
+    with grpc.insecure_channel(line["address"]) as channel:
+        answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=10)
+    assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 0
+    assert process.stdout.read() == ""
+
+
+def test_it_ends_with_its_parent(process: subprocess.Popen[str]) -> None:
+    assert process.stdout is not None
+    assert process.stdin is not None
+    process.stdout.readline()
+    process.stdin.close()
+    assert process.wait(20) == 0
+
+
+BAD_CONFIGS: list[tuple[dict[str, Any], str]] = [
+    ({"router": {"policy": "magic"}}, "policy"),
+    ({"router": {"max_inflight_requests": 0}}, "router.max_inflight_requests"),
+    ({"router": {"slo": {"ttft_ms": -1}}}, "router.slo.ttft_ms"),
+    ({"router": {"no_such_key": 1}}, "router.no_such_key"),
+    ({"router": {"default_timeout_s": 10, "max_timeout_s": 1}}, "default_timeout_s"),
+    ({"router": {"host": "256.0.0.1"}}, "router.port"),
+    ({"model_dir": "/nowhere"}, "model_dir"),
+]
+
+
+@pytest.mark.parametrize(("changes", "key"), BAD_CONFIGS)
+def test_what_prevents_the_start_is_one_line_and_exit_status_two(
+    bare_model_dir: Path, tmp_path: Path, changes: dict[str, Any], key: str
+) -> None:
+    config = write_config(tmp_path / "router.json", bare_model_dir, **changes)
+    done = subprocess.run([*COMMAND, str(config)], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert key in done.stderr
+
+
+def test_a_taken_port_prevents_the_start(bare_model_dir: Path, tmp_path: Path, process: subprocess.Popen[str]) -> None:
+    assert process.stdout is not None
+    taken = json.loads(process.stdout.readline())
+    for key, address in (("port", taken["address"]), ("metrics_port", taken["metrics_address"])):
+        port = int(address.rpartition(":")[2])
+        config = write_config(tmp_path / f"{key}.json", bare_model_dir, router={key: port})
+        done = subprocess.run([*COMMAND, str(config)], capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 2
+        assert f"router.{key}" in done.stderr.splitlines()[-1]
+
+
+def test_the_configuration_is_frozen() -> None:
+    config = RouterProcessConfig(controller_address="x", model_dir="y")
+    with pytest.raises(ValueError, match="frozen"):
+        config.model_dir = "z"  # type: ignore[misc]
+    assert os.path.isabs(config.model_dir) is False
