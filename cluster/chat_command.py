@@ -92,6 +92,8 @@ class Conversation:
                     typer.echo(delta.text, nl=False)
                     sys.stdout.flush()
         except KeyboardInterrupt:
+            if not self.interactive:
+                raise
             typer.echo(" (cancelled)", nl=False, err=True)
         finally:
             typer.echo()

@@ -152,6 +152,7 @@ class _Batch:
         self.common = common
         self.concurrency = concurrency
         self.pending: queue.Queue[Future[dict[str, Any]] | None] = queue.Queue(READ_AHEAD * concurrency)
+        self.printed = threading.Event()
         self.broken: BaseException | None = None
         self.num_failed = 0
 
@@ -166,7 +167,7 @@ class _Batch:
                     break
                 self.pending.put(pool.submit(self._answer, line))
             self.pending.put(None)
-            printer.join()
+            self.printed.wait()  # not `join`: Ctrl-C inside `join` would mark a live thread as stopped
         except BaseException as error:
             self.broken = error
             pool.shutdown(wait=False, cancel_futures=True)
@@ -203,6 +204,7 @@ class _Batch:
                 typer.echo(json.dumps(answer))
             except Exception as error:
                 self.broken = error
+        self.printed.set()
 
 
 def _bounded_lines(lines: IO[bytes]) -> Iterator[bytes | None]:

@@ -62,7 +62,8 @@ async def _serve(config: ClusterConfig, private_ray: bool, status: TextIO) -> No
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     namespace = f"pdserve-{config.name}"
-    controller = _create_controller(config, namespace, private_ray)
+    plans = _plan(config)
+    controller = _create_controller(config, plans, namespace, private_ray)
     router: asyncio.subprocess.Process | None = None
     try:
         address = await controller.serve.remote()
@@ -99,6 +100,7 @@ async def _serve(config: ClusterConfig, private_ray: bool, status: TextIO) -> No
         state.forget(config.name)
         await _stop_router(router)
         await _stop_controller(controller)
+        _kill_orphans(config, plans, namespace)
 
 
 async def _first(work: asyncio.Future[Any], stop: asyncio.Event) -> bool:
@@ -111,10 +113,13 @@ async def _first(work: asyncio.Future[Any], stop: asyncio.Event) -> bool:
     return stop.is_set()
 
 
-def _create_controller(config: ClusterConfig, namespace: str, private_ray: bool) -> Any:
+def _plan(config: ClusterConfig) -> list[WorkerPlan]:
     replicas = {role: config.replicas(role) for role in Role}
     cores = {role: config.pool(role).cores for role in Role}
-    plans: list[WorkerPlan] = plan_workers(replicas, cores, tuple(sorted(os.sched_getaffinity(0))))
+    return plan_workers(replicas, cores, tuple(sorted(os.sched_getaffinity(0))))
+
+
+def _create_controller(config: ClusterConfig, plans: list[WorkerPlan], namespace: str, private_ray: bool) -> Any:
     actor = ray.remote(Controller).options(
         name=f"{config.name}-controller",
         namespace=namespace,
@@ -135,6 +140,16 @@ async def _stop_controller(controller: Any) -> None:
     except (TimeoutError, RayActorError) as error:
         logger.warning("controller did not stop by itself: %s", type(error).__name__)
     ray.kill(controller)
+
+
+def _kill_orphans(config: ClusterConfig, plans: list[WorkerPlan], namespace: str) -> None:
+    """Workers that a dead controller could not stop: they outlive it on purpose, but not the cluster."""
+    for plan in plans:
+        try:
+            ray.kill(ray.get_actor(f"{config.name}-{plan.worker_id}", namespace))
+            logger.warning("killed %s, which the controller had left", plan.worker_id)
+        except ValueError:
+            continue  # gone, as it should be
 
 
 async def _start_router(config: ClusterConfig, controller: str) -> tuple[asyncio.subprocess.Process, dict[str, str]]:

@@ -95,6 +95,7 @@ def _worker_json(worker: pb.WorkerStatus) -> dict[str, Any]:
         "metrics_address": member.info.metrics_address,
         "generation": str(member.info.worker.generation),
         "cores": list(member.info.cores),
+        "pid": member.info.pid,
         "links": MessageToDict(member.info).get("linkAddress", {}),
         "load": None,
     }

@@ -312,6 +312,7 @@ class Worker:
             link_address=WorkerLinks.addresses(spec.kv_transfer, self._memory),
             metrics_address=self._metrics.serve(spec.host),
             cores=tuple(sorted(os.sched_getaffinity(0))),
+            pid=os.getpid(),
         )
 
     def _mount_prefill(self) -> PrefillRole:

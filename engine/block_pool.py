@@ -95,10 +95,13 @@ class BlockPool:
         assert self._num_reserved >= 0, f"{self._num_reserved} blocks reserved"
 
     def _set(self, block_ids: list[int], source_state: BlockState, target_state: BlockState) -> None:
+        """All or nothing."""
+        assert len(set(block_ids)) == len(block_ids), f"a block is named twice in {block_ids}"
         for block_id in block_ids:
+            assert 0 <= block_id < self.num_blocks, f"block {block_id} does not exist"
             actual = self._states[block_id]
-            assert block_id >= 0, f"block {block_id} does not exist"
             assert actual is source_state, f"block {block_id} is {actual}, not {source_state}"
+        for block_id in block_ids:
             self._states[block_id] = target_state
         self._counts[source_state] -= len(block_ids)
         self._counts[target_state] += len(block_ids)

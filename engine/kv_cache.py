@@ -50,7 +50,7 @@ class KVCache:
         return self._bytes.view(self.num_blocks, self.layout.block_bytes)
 
     def key_rows(self, slots: torch.Tensor) -> torch.Tensor:
-        """Rows of the keys of flat `slots` (block id * block_size + offset); the values' lie `block_size` further on."""
+        """Rows of the keys of flat `slots` (block id * block_size + offset); values: `block_size` further on."""
         size = self.layout.block_size
         blocks = torch.div(slots, size, rounding_mode="floor")
         return slots + blocks * ((2 * self.layout.num_layers - 1) * size)

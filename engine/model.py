@@ -21,14 +21,18 @@ from pdserve.engine.attention import NAME
 from pdserve.engine.checkpoint import Checkpoint, model_hash, open_checkpoint
 from pdserve.engine.config import EngineConfig
 from pdserve.engine.kv_cache import TORCH_DTYPES
-from pdserve.engine.probe import probe
+from pdserve.engine.packed_linear import can_pack, pack_linears
+from pdserve.engine.probe import plain_logits, probe
 from pdserve.proto.errors import ConfigError, ModelError
 from pdserve.proto.types import DTYPE_BYTES, KVLayout
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model that has been seen to run over a paged KV cache of `layout`."""
+    """A model that has been seen to run over a paged KV cache of `layout`.
+
+    `num_packed_linears` is zero where the weights are as `transformers` laid them out (a GPU, half precision, by choice).
+    """
 
     model: PreTrainedModel
     hf_config: PreTrainedConfig
@@ -37,6 +41,7 @@ class LoadedModel:
     max_model_len: int
     eos_token_ids: tuple[int, ...]
     device: torch.device
+    num_packed_linears: int
 
     @property
     def model_hash(self) -> str:
@@ -54,9 +59,11 @@ def load_model(path: Path, config: EngineConfig) -> LoadedModel:
     max_model_len = _max_model_len(path, hf_config, config)
     model = _build(path, TORCH_DTYPES[dtype], device)
     vocab_size = _vocab_size(model)
-    probe(model, layout, vocab_size)
+    plain = plain_logits(model, vocab_size)
+    num_packed = pack_linears(model) if config.pack_weights and can_pack() else 0
+    probe(model, layout, vocab_size, plain)
     eos_token_ids = _eos_token_ids(model, hf_config)
-    return LoadedModel(model, hf_config, layout, vocab_size, max_model_len, eos_token_ids, device)
+    return LoadedModel(model, hf_config, layout, vocab_size, max_model_len, eos_token_ids, device, num_packed)
 
 
 def resolve_device(config: EngineConfig) -> torch.device:
@@ -135,6 +142,7 @@ def _build(path: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedMo
                 use_safetensors=True,
                 trust_remote_code=False,
                 local_files_only=True,
+                ignore_mismatched_sizes=True,  # reported like missing ones, by name
                 output_loading_info=True,
             )
     except Exception as error:

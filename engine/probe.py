@@ -1,7 +1,7 @@
 """Does the model mean the same over our paged pool as it does by itself? Asked once, before it serves anybody.
 
-A short prompt is run twice: plainly, with the model's own attention, and over a small pool in two chunks and a
-single token. Whatever an architecture does that the paged attention does not know about (its own cache, position
+A short prompt is run twice: plainly, with the model as loaded and its own attention, and as it will serve, over a
+small pool in two chunks and a single token. Whatever an architecture does that the paged attention does not know about (its own cache, position
 biases, sinks, another kind of layer) shows here as an error or as different logits, and the model is refused.
 Knows no list of architectures.
 """
@@ -26,18 +26,34 @@ CUTS = (0, 5, 11, 12)
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
 
 
-def probe(model: PreTrainedModel, layout: KVLayout, vocab_size: int) -> None:
-    """Raise ModelError if `model` cannot run over pages of `layout`, or says something else when it does."""
-    tokens = tuple((7 + 13 * index) % vocab_size for index in range(CUTS[-1]))
-    plain = _plain_logits(model, tokens)
+@torch.inference_mode()
+def plain_logits(model: PreTrainedModel, vocab_size: int) -> torch.Tensor:
+    """What the untouched model says after the probe's prompt, by its own eager attention: `[vocab]`, float32.
+
+    Raises ModelError if it does not run, or says nothing sensible.
+    """
+    try:
+        model.set_attn_implementation("eager")
+        prompt = torch.tensor([_tokens(vocab_size)], device=model.device)
+        logits: torch.Tensor = model(input_ids=prompt, use_cache=False).logits[0, -1].float()
+    except (TypeError, AttributeError, RuntimeError, IndexError, KeyError, ValueError) as error:
+        raise ModelError(f"{model.config.model_type} does not run: {_one_line(error)}") from None
+    finally:
+        model.set_attn_implementation(NAME)
+    if not bool(torch.isfinite(logits).all()):
+        raise ModelError(f"{model.config.model_type} computes logits that are not finite: its weights are unusable")
+    return logits
+
+
+def probe(model: PreTrainedModel, layout: KVLayout, vocab_size: int, plain: torch.Tensor) -> None:
+    """Raise ModelError if `model` cannot run over pages of `layout`, or says something else than `plain` when it does."""
+    tokens = _tokens(vocab_size)
     try:
         paged = _paged_logits(model, layout, tokens)
     except UnsupportedAttention as error:
         raise ModelError(f"{model.config.model_type} cannot run over a paged KV cache: {error}") from None
     except (TypeError, AttributeError, RuntimeError, IndexError, KeyError) as error:
         raise ModelError(f"{model.config.model_type} cannot run over a paged KV cache: {_one_line(error)}") from None
-    if not bool(torch.isfinite(plain).all()):
-        raise ModelError(f"{model.config.model_type} computes logits that are not finite: its weights are unusable")
     scale = float(plain.abs().max()) or 1.0
     error_share = float((plain - paged).abs().max()) / scale
     if not error_share <= TOLERANCE[model.dtype]:
@@ -47,18 +63,8 @@ def probe(model: PreTrainedModel, layout: KVLayout, vocab_size: int) -> None:
         )
 
 
-@torch.inference_mode()
-def _plain_logits(model: PreTrainedModel, tokens: tuple[int, ...]) -> torch.Tensor:
-    """Logits `[vocab]` after the last token, by the model's own eager attention."""
-    try:
-        model.set_attn_implementation("eager")
-        prompt = torch.tensor([tokens], device=model.device)
-        logits: torch.Tensor = model(input_ids=prompt, use_cache=False).logits[0, -1].float()
-    except (TypeError, AttributeError, RuntimeError, IndexError, KeyError, ValueError) as error:
-        raise ModelError(f"{model.config.model_type} does not run: {_one_line(error)}") from None
-    finally:
-        model.set_attn_implementation(NAME)
-    return logits
+def _tokens(vocab_size: int) -> tuple[int, ...]:
+    return tuple((7 + 13 * index) % vocab_size for index in range(CUTS[-1]))
 
 
 def _paged_logits(model: PreTrainedModel, layout: KVLayout, tokens: tuple[int, ...]) -> torch.Tensor:

@@ -23,6 +23,7 @@ from pdserve.proto.errors import InternalError
 from pdserve.proto.types import SamplingParams, TokenInfo
 
 NEVER = float("-inf")
+COLDEST = 1e-30  # still a number in float32, and greedy in effect
 
 
 class LogProbs(NamedTuple):
@@ -118,7 +119,7 @@ def _edit(row: torch.Tensor, sequence: Sequence) -> None:
 
 def _filtered(logits: torch.Tensor, params: Items[SamplingParams]) -> torch.Tensor:
     """Logits over temperature, minus infinity where min-p, top-k or top-p cut. `[rows, vocab]`."""
-    temperatures = torch.tensor([p.temperature for p in params], device=logits.device)
+    temperatures = torch.tensor([max(p.temperature, COLDEST) for p in params], device=logits.device)
     # Shifted first: a tiny temperature must not overflow the best token.
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperatures[:, None]
     if any(p.min_p > 0 for p in params):

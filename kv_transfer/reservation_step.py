@@ -143,11 +143,11 @@ def _room(reservation: Reservation | None, event: Room) -> ReservationStep:
 
 
 def _blocks_taken(reservation: Reservation | None, event: BlocksTaken, now_s: float) -> ReservationStep:
-    if reservation is None or not reservation.asked:
+    if reservation is None or not reservation.asked or len(event.block_ids) != reservation.num_blocks:
+        # The answer to an ask of an earlier use of this id, or to none.
         returned = FreeBlocks(event.id, event.block_ids, from_quarantine=False, reason="taken after the request ended")
         return reservation, (returned,)
     assert reservation.ticket is not None
-    assert len(event.block_ids) == reservation.num_blocks
     transferring = replace(
         reservation,
         phase=Phase.TRANSFERRING,

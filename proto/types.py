@@ -139,6 +139,7 @@ class WorkerInfo:
     link_address: Mapping[str, str] = field(default_factory=dict)
     metrics_address: str = ""
     cores: tuple[int, ...] = ()
+    pid: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -130,6 +130,7 @@ def info_to_wire(value: WorkerInfo) -> pb.WorkerInfo:
         link_address=dict(value.link_address),
         metrics_address=value.metrics_address,
         cores=value.cores,
+        pid=value.pid,
     )
 
 
@@ -145,6 +146,7 @@ def info_from_wire(message: pb.WorkerInfo) -> WorkerInfo:
         link_address=dict(message.link_address),
         metrics_address=message.metrics_address,
         cores=tuple(message.cores),
+        pid=message.pid,
     )
 
 

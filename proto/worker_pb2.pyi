@@ -92,7 +92,7 @@ class KVLayout(_message.Message):
     def __init__(self, model_hash: _Optional[str] = ..., dtype: _Optional[str] = ..., num_layers: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., block_size: _Optional[int] = ...) -> None: ...
 
 class WorkerInfo(_message.Message):
-    __slots__ = ("worker", "role", "layout", "num_blocks", "max_model_len", "vocab_size", "host_id", "link_address", "metrics_address", "cores")
+    __slots__ = ("worker", "role", "layout", "num_blocks", "max_model_len", "vocab_size", "host_id", "link_address", "metrics_address", "cores", "pid")
     class LinkAddressEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -110,6 +110,7 @@ class WorkerInfo(_message.Message):
     LINK_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     CORES_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
     worker: WorkerRef
     role: str
     layout: KVLayout
@@ -120,7 +121,8 @@ class WorkerInfo(_message.Message):
     link_address: _containers.ScalarMap[str, str]
     metrics_address: str
     cores: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, worker: _Optional[_Union[WorkerRef, _Mapping]] = ..., role: _Optional[str] = ..., layout: _Optional[_Union[KVLayout, _Mapping]] = ..., num_blocks: _Optional[int] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., host_id: _Optional[str] = ..., link_address: _Optional[_Mapping[str, str]] = ..., metrics_address: _Optional[str] = ..., cores: _Optional[_Iterable[int]] = ...) -> None: ...
+    pid: int
+    def __init__(self, worker: _Optional[_Union[WorkerRef, _Mapping]] = ..., role: _Optional[str] = ..., layout: _Optional[_Union[KVLayout, _Mapping]] = ..., num_blocks: _Optional[int] = ..., max_model_len: _Optional[int] = ..., vocab_size: _Optional[int] = ..., host_id: _Optional[str] = ..., link_address: _Optional[_Mapping[str, str]] = ..., metrics_address: _Optional[str] = ..., cores: _Optional[_Iterable[int]] = ..., pid: _Optional[int] = ...) -> None: ...
 
 class WorkerLoad(_message.Message):
     __slots__ = ("worker_id", "generation", "role", "num_waiting", "num_running", "queued_tokens", "total_blocks", "free_blocks", "running_blocks", "leased_blocks", "receiving_blocks", "quarantined_blocks", "reserved_blocks", "step_s", "draining", "num_steps", "num_preemptions")

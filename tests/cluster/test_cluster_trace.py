@@ -167,12 +167,12 @@ def test_windows_are_written_start_colon_end():
 
 
 def test_a_long_trace_is_never_whole_in_memory(tmp_path: Path):
-    path = write(tmp_path, HEAD + "".join(f"{n},5,5\n" for n in range(1, 60_000)))
+    path = write(tmp_path, HEAD + "".join(f"{n},5,5\n" for n in range(1, 20_000)))
     tracemalloc.start()
     try:
         count = sum(1 for _ in Trace(path))
         peak_bytes = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert count == 60_000
-    assert peak_bytes < 1 << 20
+    assert count == 20_000
+    assert peak_bytes < 512 << 10

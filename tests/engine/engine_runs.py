@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from families import Tally, random_prompt, reference_generate
 from pdserve.engine.config import EngineConfig
 from pdserve.engine.engine import Engine, StepResult, build_engine
 from pdserve.engine.sequence import Sequence
 from pdserve.proto.types import HandoffId, SamplingParams, WorkerRequest
+
+FamilyDir: TypeAlias = Callable[..., Path]  # the `family_dir` fixture
 
 BLOCK_SIZE = 16
 CHUNK_TOKENS = 48

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FamilyDir
+from engine_runs import FamilyDir
 from pdserve.engine.config import EngineConfig
 from pdserve.engine.model import load_model
 from pdserve.proto.errors import ModelError
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from transformers import (
-    BloomConfig,
-    BloomForCausalLM,
+    CodeGenConfig,
+    CodeGenForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     MixtralConfig,
@@ -77,7 +77,10 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no weights": (lambda d: (d / "model.safetensors").unlink(), r"has no \*\.safetensors"),
     "pickle only": (pickle_only, r"pytorch_model\.bin: pickled weights are not loaded"),
     "truncated": (truncate, r"model\.safetensors: corrupt or truncated"),
-    "garbage": (lambda d: (d / "model.safetensors").write_bytes(b"x" * 99), r"model\.safetensors: corrupt or truncated"),
+    "garbage": (
+        lambda d: (d / "model.safetensors").write_bytes(b"x" * 99),
+        r"model\.safetensors: corrupt or truncated",
+    ),
     "empty": (lambda d: (d / "model.safetensors").write_bytes(b""), r"model\.safetensors: corrupt or truncated"),
     "missing shard": (lose_shard, r"model-00002-of-00002\.safetensors: is missing"),
     "missing weight": (
@@ -90,7 +93,10 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "another shape": (lambda d: edit_weights(d, shrink), r"up_proj\.weight"),
     "NaN weights": (lambda d: edit_weights(d, poison), r"not finite"),
-    "fewer layers than weights": (lambda d: edit_config(d, num_hidden_layers=1), r"model\.layers\.1\..* not in the model"),
+    "fewer layers than weights": (
+        lambda d: edit_config(d, num_hidden_layers=1),
+        r"model\.layers\.1\..* not in the model",
+    ),
     "no layers": (lambda d: edit_config(d, num_hidden_layers=0), r"num_hidden_layers must be a positive number, not 0"),
     "negative heads": (lambda d: edit_config(d, num_attention_heads=-4), r"config\.json: "),
     "heads that do not divide": (lambda d: edit_config(d, num_key_value_heads=3), r"config\.json: .*heads"),
@@ -134,8 +140,10 @@ FOREIGN: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
         "mixture of experts",
     ),
     "its own attention": (
-        lambda: BloomForCausalLM(BloomConfig(**SIZES, hidden_size=32, n_layer=1, n_head=2)),
-        "bloom",
+        lambda: CodeGenForCausalLM(
+            CodeGenConfig(**SIZES, n_positions=64, n_embd=32, n_layer=1, n_head=4, rotary_dim=4)
+        ),
+        "codegen cannot run over a paged KV cache",
     ),
 }
 

@@ -4,8 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import FamilyDir
-from engine_runs import BLOCK_SIZE, CHUNK_TOKENS, Clock, check_parity, greedy_sequences, output, request, run, tiny_engine
+from engine_runs import (
+    FamilyDir,
+    BLOCK_SIZE,
+    CHUNK_TOKENS,
+    Clock,
+    check_parity,
+    greedy_sequences,
+    output,
+    request,
+    run,
+    tiny_engine,
+)
 from families import FAMILIES, awkward_lengths, random_prompt
 from pdserve.engine.block_pool import BlockState
 from pdserve.engine.engine import Engine
@@ -89,9 +99,7 @@ def test_a_handed_off_sequence_goes_on_as_if_nothing_happened(family: str, famil
     model_dir = family_dir(family)
     source, target = tiny_engine(model_dir, num_blocks=32), tiny_engine(model_dir)
     target.pool.take(3, BlockState.QUARANTINED)  # so that block ids differ
-    redeemed = [
-        hand_off(source, target, Sequence(request(random_prompt(n, n)), 0.0, hand_off=True)) for n in LENGTHS
-    ]
+    redeemed = [hand_off(source, target, Sequence(request(random_prompt(n, n)), 0.0, hand_off=True)) for n in LENGTHS]
     locals_ = greedy_sequences((50, 3))
     run(target, [*locals_, *redeemed])
     check_parity(model_dir, [*redeemed, *locals_], family)
@@ -133,9 +141,7 @@ SAMPLED = {"temperature": 0.9, "top_p": 0.95, "top_k": 200, "repetition_penalty"
 
 def test_seeded_sampling_is_the_same_alone_in_a_batch_and_after_preemption(family_dir: FamilyDir) -> None:
     def sequences() -> list[Sequence]:
-        return [
-            Sequence(request(random_prompt(n, n), 40, seed=n, **SAMPLED), 0.0) for n in (15, 30, 17, 40, 33, 2)
-        ]
+        return [Sequence(request(random_prompt(n, n), 40, seed=n, **SAMPLED), 0.0) for n in (15, 30, 17, 40, 33, 2)]
 
     alone, batched, squeezed = sequences(), sequences(), sequences()
     roomy = tiny_engine(family_dir("llama"))

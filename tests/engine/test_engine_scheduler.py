@@ -104,8 +104,9 @@ def test_the_youngest_holder_is_evicted_and_returns_to_the_front_with_its_tokens
     assert [item.sequence for item in plan.scheduled] == [old]
     assert (young.num_computed, young.token_ids, young.num_recomputed_tokens, young.block_ids) == (0, tokens, 7, [])
     execute(target, plan)
-    while old in [item.sequence for item in (plan := target.schedule(0.0)).scheduled]:
+    while plan.scheduled[0].sequence is old:
         execute(target, plan)
+        plan = target.schedule(0.0)
     assert plan.scheduled[0].sequence is young
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import FamilyDir
-from engine_runs import BLOCK_SIZE, Clock, check_parity, greedy_sequences, output, request, run, tiny_engine
+from engine_runs import FamilyDir, BLOCK_SIZE, Clock, check_parity, greedy_sequences, output, request, run, tiny_engine
 from families import random_prompt, reference_generate
 from pdserve.engine.block_pool import BlockState
 from pdserve.engine.engine import build_engine

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-import pytest
 
 from pdserve.kv_transfer.effects import FreeBlocks, Ignored, QuarantineBlocks
 from pdserve.kv_transfer.lease import LeaseLapsed, LeaseState, LeaseTable, StartSend
@@ -136,7 +136,7 @@ IDS = [HandoffId(name, attempt, 1) for name in "ab" for attempt in (0, 1)]
 
 
 class LeaseMachine(RuleBasedStateMachine):
-    """Model: which blocks each id holds, and the epochs whose sends run. Blocks are never reused: a double free shows."""
+    """Model: which blocks each id holds, and the epochs whose sends run. No block is used twice: a double free shows."""
 
     def __init__(self) -> None:
         super().__init__()

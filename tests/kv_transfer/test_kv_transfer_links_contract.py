@@ -208,9 +208,7 @@ def test_gloo_refuses_another_header_before_a_byte_lands(change: dict[str, int],
     before = ends.target_pool.clone()
     sent = replace(transfer(2), **change)  # type: ignore[arg-type]
     assert isinstance(ends.sink, GlooSink)
-    source = GlooSource(
-        ends.sink.address, ends.source_pool, sent.layout_hash, sent.link_epoch, HOST, MESSAGE_BYTES
-    )
+    source = GlooSource(ends.sink.address, ends.source_pool, sent.layout_hash, sent.link_epoch, HOST, MESSAGE_BYTES)
     thread, errors = in_thread(lambda: source.send(sent, range(sent.num_blocks), TIMEOUT_S))
     with pytest.raises(error):
         ends.sink.receive(transfer(2), [0, 1], [2, 3], TIMEOUT_S)

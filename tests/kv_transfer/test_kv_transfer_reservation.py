@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
-import pytest
 
 from pdserve.kv_transfer.effects import FreeBlocks, Ignored, QuarantineBlocks, Refused, raise_refusal
 from pdserve.kv_transfer.reservation import (
@@ -226,6 +226,7 @@ class ReservationMachine(RuleBasedStateMachine):
         self.table = ReservationTable(LAYOUT, TIMEOUTS)
         self.now_s = 0.0
         self.free = set(range(POOL_BLOCKS))
+        self.in_hand: set[int] = set()  # taken, and the table is being told
         self.receiving: dict[HandoffId, set[int]] = {}
         self.quarantined: dict[HandoffId, set[int]] = {}
         self.running: set[int] = set()
@@ -244,8 +245,10 @@ class ReservationMachine(RuleBasedStateMachine):
                     assert id in self.live
                     self.asked.append((id, num_blocks))
                 case StartTransfer(id, _, block_ids):
-                    assert self.receiving[id] == set(block_ids)
+                    assert self.in_hand == set(block_ids)
+                    assert id not in self.receiving
                     assert id not in self.on_wire
+                    self.receiving[id], self.in_hand = self.in_hand, set()
                     self.on_wire.add(id)
                 case StartVerify(id):
                     assert id not in self.on_wire
@@ -254,6 +257,11 @@ class ReservationMachine(RuleBasedStateMachine):
                     assert id in self.on_wire
                     assert self.receiving[id] == set(block_ids)
                     self.quarantined[id] = self.receiving.pop(id)
+                case FreeBlocks(id, block_ids, from_quarantine) if self.in_hand:
+                    assert not from_quarantine
+                    assert self.in_hand == set(block_ids)
+                    self.free |= self.in_hand
+                    self.in_hand = set()
                 case FreeBlocks(id, block_ids, from_quarantine):
                     assert id not in self.on_wire, "freed while the wire may write"
                     home = self.quarantined if from_quarantine else self.receiving
@@ -293,20 +301,14 @@ class ReservationMachine(RuleBasedStateMachine):
     def answer(self, refuse: bool) -> None:
         asked, self.asked = self.asked, []
         for id, num_blocks in asked:
-            if refuse or len(self.free) < num_blocks or id in self.receiving:
+            if refuse or len(self.free) < num_blocks:
                 self.apply(self.table.blocks_refused(id, self.now_s))
                 continue
             taken = sorted(self.free, reverse=True)[:num_blocks]
             self.free -= set(taken)
-            self.receiving[id] = set(taken)
-            if id in self.table.reservations and num_blocks != self.table.reservations[id].num_blocks:
-                # The id was used again meanwhile; a real owner keys its answers by the ask.
-                self.free |= self.receiving.pop(id)
-                continue
-            if id in self.quarantined:
-                self.free |= self.receiving.pop(id)
-                continue
+            self.in_hand = set(taken)
             self.apply(self.table.blocks_taken(id, taken, self.now_s))
+            assert not self.in_hand, "blocks were dropped"
 
     @rule(data=st.data(), kind=st.sampled_from(["", "TransferFailed"]), closed=st.booleans())
     def end_transfer(self, data: st.DataObject, kind: str, closed: bool) -> None:

@@ -1,0 +1,51 @@
+"""Linear layers whose weights oneDNN has laid out for itself, once: for float32 on a CPU.
+
+The plain path leaves the layout to each call, which costs most where decode lives, at 4 to 16 rows (measured: a factor
+of two). Packed weights take the place of the plain ones; only a weight tied to the embedding stays as well.
+Touches two private operators of torch, here and nowhere else. Knows nothing of models beyond `nn.Linear`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+# The number of rows that the layout is chosen for; others run on it just as well.
+PACKED_FOR_ROWS = 8
+
+
+def can_pack() -> bool:
+    """Whether this torch has the two operators and a CPU library behind them."""
+    names = ("_reorder_linear_weight", "_linear_pointwise")
+    return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names)
+
+
+class PackedLinear(nn.Module):
+    """Computes what `linear` does, to rounding."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.bias = linear.bias
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), PACKED_FOR_ROWS)
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """`[..., in_features]` to `[..., out_features]`."""
+        if rows.numel() == 0:  # a step in which nobody samples
+            return rows.new_empty(*rows.shape[:-1], self.out_features)
+        output: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, self._packed, self.bias, "none", [], "")
+        return output
+
+
+@torch.no_grad()
+def pack_linears(model: nn.Module) -> int:
+    """Replace every float32 CPU `nn.Linear` below `model`. Returns how many."""
+    found = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if type(child) is nn.Linear and child.weight.dtype == torch.float32 and child.weight.device.type == "cpu"
+    ]
+    for parent, name, child in found:
+        setattr(parent, name, PackedLinear(child))
+    return len(found)

@@ -1,0 +1,65 @@
+"""Which link, which runs, which configuration."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from pdserve.kv_transfer.config import KVTransferConfig
+from pdserve.kv_transfer.plan import Reach, choose_link, copy_runs
+from pdserve.proto.errors import TransferFailed
+
+BOTH = frozenset({"shm", "gloo"})
+
+
+def test_the_first_kind_that_fits_both_is_chosen() -> None:
+    here, there = Reach("host-a", BOTH), Reach("host-b", BOTH)
+    assert choose_link(["shm", "gloo"], here, Reach("host-a", BOTH)) == "shm"
+    assert choose_link(["gloo", "shm"], here, Reach("host-a", BOTH)) == "gloo"
+    assert choose_link(["shm", "gloo"], here, there) == "gloo"
+    assert choose_link(["shm", "gloo"], here, Reach("host-a", frozenset({"gloo"}))) == "gloo"
+
+
+def test_two_workers_without_a_common_link_learn_why() -> None:
+    with pytest.raises(TransferFailed, match=r"shm: not on one host; gloo: not open there"):
+        choose_link(["shm", "gloo"], Reach("a", BOTH), Reach("b", frozenset({"shm"})))
+    with pytest.raises(TransferFailed, match=r"gloo: not open here"):
+        choose_link(["gloo"], Reach("a", frozenset()), Reach("b", BOTH))
+
+
+@given(st.permutations(range(12)), st.permutations(range(12)), st.integers(0, 12))
+def test_runs_copy_each_pair_once_in_order(sources: list[int], targets: list[int], num_blocks: int) -> None:
+    pairs = list(zip(sources, targets, strict=True))[:num_blocks]
+    runs = copy_runs(pairs)
+    assert [(run.source + i, run.target + i) for run in runs for i in range(run.num_blocks)] == pairs
+
+
+def test_adjacent_blocks_travel_in_one_run() -> None:
+    assert len(copy_runs(zip(range(5, 9), range(2, 6), strict=True))) == 1
+    assert len(copy_runs([(0, 0), (1, 1), (2, 5), (3, 6)])) == 2
+    assert len(copy_runs([(1, 1), (0, 0)])) == 2
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"lease_s": 5.0, "renew_s": 5.0},
+        {"links": []},
+        {"links": ["shm", "shm"]},
+        {"links": ["carrier-pigeon"]},
+        {"transfer_timeout_s": 0.0},
+        {"max_links": 0},
+        {"leas_s": 1.0},
+    ],
+)
+def test_a_section_that_cannot_work_is_refused(section: dict[str, object]) -> None:
+    with pytest.raises(ValidationError):
+        KVTransferConfig.model_validate(section)
+
+
+def test_the_default_section_is_valid_and_frozen() -> None:
+    config = KVTransferConfig()
+    with pytest.raises(ValidationError):
+        config.lease_s = 1.0  # type: ignore[misc]
