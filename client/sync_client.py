@@ -1,6 +1,8 @@
 """The client for programs without an event loop: the same calls as `AsyncClient`, blocking.
 
-Safe to use from several threads at once; one stream belongs to one thread (`close` may come from another).
+Safe to use from several threads at once; one stream belongs to one thread (`close` may come from another). gRPC's
+blocking calls are not interrupt-safe: a program that goes on after Ctrl-C inside a call should do so with a new
+client, or use `AsyncClient`, where asyncio turns Ctrl-C into a clean cancellation.
 """
 
 from __future__ import annotations

@@ -1,17 +1,19 @@
 """`pdserve chat`: a conversation in the terminal, or piped through it, that remembers what was said.
 
 Ctrl-C cancels the current answer and keeps what had come; Ctrl-D leaves. With piped input every line is one turn and
-the first failure ends the command. Knows the client only.
+the first failure ends the command. An answer is read on an event loop because only there Ctrl-C is a clean
+cancellation; the loop rests while the user types. Knows the client only.
 """
 
 from __future__ import annotations
 
+import asyncio
 import readline
 import sys
 from typing import Annotated
 
 import typer
-from pdserve.client import Client, GenerateOptions
+from pdserve.client import AsyncClient, GenerateOptions
 from pdserve.cluster import command_options as options
 from pdserve.cluster.errors_seam import error_line
 from pdserve.cluster.state import resolve_endpoint
@@ -33,19 +35,37 @@ def chat(
 ) -> None:
     """Talk to the model. Ctrl-C cancels an answer, Ctrl-D leaves."""
     chosen = GenerateOptions(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    with Client(resolve_endpoint(endpoint, name), timeout_s=timeout_s) as client:
-        model = client.model_info()
-        interactive = sys.stdin.isatty()
-        if interactive:
-            readline.set_history_length(1000)
-            typer.echo(f"{model.model}; Ctrl-C cancels an answer, Ctrl-D leaves", err=True)
-        Conversation(client, chosen, system, interactive).run()
+    target = resolve_endpoint(endpoint, name)
+    interactive = sys.stdin.isatty()
+    with asyncio.Runner() as runner:
+        client = runner.run(_connect(target, timeout_s))
+        try:
+            model = runner.run(client.model_info())
+            if interactive:
+                readline.set_history_length(1000)
+                typer.echo(f"{model.model}; Ctrl-C cancels an answer, Ctrl-D leaves", err=True)
+            Conversation(runner, client, chosen, system, interactive).run()
+        finally:
+            runner.run(client.close())
+
+
+async def _connect(endpoint: str, timeout_s: float) -> AsyncClient:
+    """The client belongs to the loop that makes it."""
+    return AsyncClient(endpoint, timeout_s=timeout_s)
 
 
 class Conversation:
     """Owns the history. A turn is kept when an answer to it came, whole or cancelled midway."""
 
-    def __init__(self, client: Client, chosen: GenerateOptions, system: str | None, interactive: bool) -> None:
+    def __init__(
+        self,
+        runner: asyncio.Runner,
+        client: AsyncClient,
+        chosen: GenerateOptions,
+        system: str | None,
+        interactive: bool,
+    ) -> None:
+        self.runner = runner
         self.client = client
         self.chosen = chosen
         self.interactive = interactive
@@ -61,7 +81,11 @@ class Conversation:
             if not text.strip():
                 continue
             try:
-                self._turn(text)
+                self.runner.run(self._turn(text))
+            except KeyboardInterrupt:
+                if not self.interactive:
+                    raise
+                typer.echo("(cancelled)", err=True)
             except PdserveError as error:
                 if not self.interactive:
                     raise
@@ -83,19 +107,20 @@ class Conversation:
                     raise
                 typer.echo("\n(Ctrl-D leaves)", err=True)
 
-    def _turn(self, text: str) -> None:
+    async def _turn(self, text: str) -> None:
+        """Ask, print the answer as it comes, remember both. A cancelled answer counts as far as it came."""
         asked = {"role": "user", "content": text}
         stream = self.client.stream([*self.history, asked], **self.chosen)
+        failed = False
         try:
-            with stream:
-                for delta in stream:
+            async with stream:
+                async for delta in stream:
                     typer.echo(delta.text, nl=False)
                     sys.stdout.flush()
-        except KeyboardInterrupt:
-            if not self.interactive:
-                raise
-            typer.echo(" (cancelled)", nl=False, err=True)
+        except PdserveError:
+            failed = True
+            raise
         finally:
             typer.echo()
-        if stream.text:
-            self.history += [asked, {"role": "assistant", "content": stream.text}]
+            if stream.text and not failed:
+                self.history += [asked, {"role": "assistant", "content": stream.text}]

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
+
 from pdserve.cluster import launch, state
 from pdserve.cluster.bench_command import bench
 from pdserve.cluster.chat_command import chat
@@ -19,7 +21,6 @@ from pdserve.cluster.config import DEFAULT_CONFIG, load_config
 from pdserve.cluster.errors_seam import one_line_errors
 from pdserve.cluster.generate_command import generate
 from pdserve.cluster.status_command import status
-from rich.console import Console
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 

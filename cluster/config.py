@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
 from pdserve.engine.config import EngineConfig
 from pdserve.kv_transfer.config import KVTransferConfig
 from pdserve.proto.errors import ConfigError
 from pdserve.proto.types import Role
 from pdserve.router.config import RouterConfig
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 DEFAULT_CONFIG = Path(__file__).parent.parent / "deploy" / "local.yaml"
 MAX_CONFIG_BYTES = 1 << 20

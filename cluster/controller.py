@@ -18,6 +18,8 @@ from typing import Any
 
 import grpc
 import ray
+from ray.exceptions import RayActorError
+
 from pdserve.cluster.config import ClusterConfig
 from pdserve.cluster.placement import WorkerPlan
 from pdserve.cluster.registry import Member, MemberState, Registry
@@ -28,7 +30,6 @@ from pdserve.proto import worker_pb2 as pb
 from pdserve.proto import worker_pb2_grpc as pb_grpc
 from pdserve.proto.errors import Unavailable
 from pdserve.proto.types import WorkerInfo
-from ray.exceptions import RayActorError
 
 logger = logging.getLogger(__name__)
 LOAD_TIMEOUT_S = 2.0
@@ -53,6 +54,7 @@ class Controller(pb_grpc.ControllerServicer):
         self._watchers: set[asyncio.Task[None]] = set()
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._server: grpc.aio.Server | None = None
+        self._address = ""
 
     async def serve(self) -> str:
         """Start the gRPC server; its address."""
@@ -61,7 +63,8 @@ class Controller(pb_grpc.ControllerServicer):
         host = self._config.router.host
         port = self._server.add_insecure_port(f"{host}:0")
         await self._server.start()
-        return f"{host}:{port}"
+        self._address = f"{host}:{port}"
+        return self._address
 
     async def launch(self) -> Failure | None:
         """Start every worker; the first failure, if any."""
@@ -92,22 +95,30 @@ class Controller(pb_grpc.ControllerServicer):
             cores=plan.cores,
             host=self._config.router.host,
             log_path=str(self._log_folder / f"{plan.worker_id}.log"),
+            controller=self._address,
         )
-        actor = ray.remote(WorkerActor).options(
-            name=f"{self._config.name}-{plan.worker_id}",
-            namespace=self._namespace,
-            lifetime="detached",
-            num_cpus=0 if self._private_ray else len(plan.cores),
-            num_gpus=pool.num_gpus,
-            max_restarts=0,
-            max_task_retries=0,
-            max_concurrency=16,
-        ).remote(spec)
+        actor = (
+            ray.remote(WorkerActor)
+            .options(
+                name=f"{self._config.name}-{plan.worker_id}",
+                namespace=self._namespace,
+                lifetime="detached",
+                num_cpus=0 if self._private_ray else len(plan.cores),
+                num_gpus=pool.num_gpus,
+                max_restarts=0,
+                max_task_retries=0,
+                max_concurrency=16,
+            )
+            .remote(spec)
+        )
         self._actors[plan.worker_id] = actor
         try:
             started = await asyncio.wait_for(actor.start.remote(), self._config.worker_start_timeout_s)
         except TimeoutError:
-            started = Failure("StartupError", f"not ready after {self._config.worker_start_timeout_s:.0f} s")
+            free = ray.available_resources()
+            resources = f"Ray has {free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs free"
+            limit_s = self._config.worker_start_timeout_s
+            started = Failure("StartupError", f"not placed and ready after {limit_s:.0f} s; {resources}")
         except RayActorError as error:
             started = Failure("StartupError", f"the process died while starting ({_reason(error)})")
         if not isinstance(started, WorkerInfo):

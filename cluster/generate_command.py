@@ -7,9 +7,11 @@ bounded: at most a few lines per running request are read ahead of the printed a
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import queue
+import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -20,7 +22,7 @@ from pathlib import Path
 from typing import IO, Annotated, Any, cast
 
 import typer
-from pdserve.client import Client, Completion, GenerateOptions
+from pdserve.client import AsyncClient, Client, Completion, GenerateOptions
 from pdserve.cluster import command_options as options
 from pdserve.cluster.errors_seam import error_object
 from pdserve.cluster.state import resolve_endpoint
@@ -28,6 +30,7 @@ from pdserve.proto.errors import ConfigError, InvalidRequest, PdserveError
 
 MAX_LINE_BYTES = 16 << 20
 READ_AHEAD = 4
+END = b""
 INPUT_KEYS = ("prompt", "prompt_token_ids", "messages")
 
 
@@ -72,13 +75,13 @@ def generate(
         stop=stop or None,
         ignore_eos=ignore_eos or None,
     )
-    with Client(resolve_endpoint(endpoint, name), timeout_s=timeout_s) as client:
-        if prompts is not None:
-            with _opened(prompts) as lines:
-                num_failed = _Batch(client, common, concurrency).run(lines)
-            raise typer.Exit(1 if num_failed else 0)
-        assert prompt is not None
-        _single(client, prompt, common, as_json)
+    target = resolve_endpoint(endpoint, name)
+    if prompt is not None:
+        asyncio.run(_single(target, timeout_s, prompt, common, as_json))
+    elif prompts is not None:
+        with _opened(prompts) as lines, Client(target, timeout_s=timeout_s) as client:
+            num_failed = _Batch(client, common, concurrency).run(lines)
+        raise typer.Exit(1 if num_failed else 0)
 
 
 def answer_object(completion: Completion) -> dict[str, Any]:
@@ -133,53 +136,70 @@ def _integer_keys(bias: dict[str, float]) -> dict[int, float]:
         raise InvalidRequest("logit_bias", str(error)) from error
 
 
-def _single(client: Client, prompt: str, common: GenerateOptions, as_json: bool) -> None:
-    if as_json:
-        typer.echo(json.dumps(answer_object(client.generate(prompt, **common))))
-        return
-    with client.stream(prompt, **common) as stream:
-        for delta in stream:
+async def _single(endpoint: str, timeout_s: float, prompt: str, common: GenerateOptions, as_json: bool) -> None:
+    async with AsyncClient(endpoint, timeout_s=timeout_s) as client, client.stream(prompt, **common) as stream:
+        if as_json:
+            typer.echo(json.dumps(answer_object(await stream.result())))
+            return
+        async for delta in stream:
             typer.echo(delta.text, nl=False)
             sys.stdout.flush()
     typer.echo()
 
 
 class _Batch:
-    """A file of requests. This thread reads, a pool asks, one thread prints the answers in input order."""
+    """A file of requests. This thread reads, a pool asks, one thread prints the answers in input order.
+
+    Ctrl-C raises only while this thread reads: anywhere else it could break a lock that the other threads need. There
+    it closes the client, which ends every request, and the main thread finds the mark at its next step.
+    """
 
     def __init__(self, client: Client, common: GenerateOptions, concurrency: int) -> None:
         self.client = client
         self.common = common
         self.concurrency = concurrency
         self.pending: queue.Queue[Future[dict[str, Any]] | None] = queue.Queue(READ_AHEAD * concurrency)
-        self.printed = threading.Event()
         self.broken: BaseException | None = None
+        self.reading = False
         self.num_failed = 0
 
     def run(self, lines: IO[bytes]) -> int:
         """Answer every line; the number of lines that failed."""
         printer = threading.Thread(target=self._print_in_order, name="printer")
-        pool = ThreadPoolExecutor(self.concurrency, thread_name_prefix="generate")
-        printer.start()
+        usual = signal.signal(signal.SIGINT, self._on_interrupt)
         try:
-            for line in _bounded_lines(lines):
-                if self.broken is not None:
-                    break
-                self.pending.put(pool.submit(self._answer, line))
-            self.pending.put(None)
-            self.printed.wait()  # not `join`: Ctrl-C inside `join` would mark a live thread as stopped
-        except BaseException as error:
-            self.broken = error
-            pool.shutdown(wait=False, cancel_futures=True)
-            self.client.close()
-            self.pending.put(None)
-            raise
+            with ThreadPoolExecutor(self.concurrency, thread_name_prefix="generate") as pool:
+                printer.start()
+                try:
+                    self._submit_all(lines, pool)
+                finally:
+                    self.pending.put(None)
+                    printer.join()
         finally:
-            printer.join()
-            pool.shutdown()
+            signal.signal(signal.SIGINT, usual)
         if self.broken is not None:
             raise self.broken
         return self.num_failed
+
+    def _submit_all(self, lines: IO[bytes], pool: ThreadPoolExecutor) -> None:
+        source = _bounded_lines(lines)
+        while self.broken is None:
+            try:
+                self.reading = True
+                line = next(source, END)
+            except KeyboardInterrupt:
+                return
+            finally:
+                self.reading = False
+            if line is END:
+                return
+            self.pending.put(pool.submit(self._answer, line))
+
+    def _on_interrupt(self, number: int, frame: object) -> None:
+        self.broken = KeyboardInterrupt()
+        self.client.close()
+        if self.reading:
+            raise self.broken
 
     def _answer(self, line: bytes | None) -> dict[str, Any]:
         try:
@@ -203,8 +223,7 @@ class _Batch:
                 self.num_failed += "error" in answer
                 typer.echo(json.dumps(answer))
             except Exception as error:
-                self.broken = error
-        self.printed.set()
+                self.broken = self.broken or error
 
 
 def _bounded_lines(lines: IO[bytes]) -> Iterator[bytes | None]:

@@ -27,6 +27,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import ray
+from ray.exceptions import RayActorError, RayError
+
 from pdserve.cluster import state
 from pdserve.cluster.config import ClusterConfig
 from pdserve.cluster.controller import Controller
@@ -34,7 +36,6 @@ from pdserve.cluster.placement import WorkerPlan, plan_workers
 from pdserve.cluster.worker_spec import Failure
 from pdserve.proto.errors import ConfigError, PdserveError, StartupError
 from pdserve.proto.types import Role
-from ray.exceptions import RayActorError, RayError
 
 logger = logging.getLogger(__name__)
 ROUTER_START_TIMEOUT_S = 30.0
@@ -206,7 +207,7 @@ def _lock(folder: Path, name: str) -> Iterator[None]:
 def _ray_session(config: ClusterConfig, status: TextIO) -> Iterator[bool]:
     """A private Ray that dies with this process, or a joined one; whether it is private."""
     _tell(status, progress="starting Ray" if config.ray.address is None else "joining Ray")
-    common = {"namespace": f"pdserve-{config.name}", "log_to_driver": False, "configure_logging": False}
+    common: dict[str, Any] = {"namespace": f"pdserve-{config.name}", "log_to_driver": False, "configure_logging": False}
     folder: str | None = None
     try:
         if config.ray.address is None:

@@ -1,7 +1,7 @@
 """Which worker gets which CPU cores. Pure.
 
-Oversubscribed torch threads cost more than disaggregation gains (`docs/performance.md`), so each CPU worker is pinned to
-its own cores and runs exactly that many threads. With more workers than cores they share, round robin.
+Oversubscribed torch threads cost more than disaggregation gains (`docs/performance.md`), so each CPU worker is pinned
+to its own cores and runs exactly that many threads. With more workers than cores they share, round robin.
 """
 
 from __future__ import annotations

@@ -14,12 +14,13 @@ import grpc
 import typer
 from google.protobuf.json_format import MessageToDict
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from pdserve.cluster import state
-from pdserve.proto import worker_pb2 as pb
-from pdserve.proto import worker_pb2_grpc as pb_grpc
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+
+from pdserve.cluster import state
+from pdserve.proto import worker_pb2 as pb
+from pdserve.proto import worker_pb2_grpc as pb_grpc
 
 TIMEOUT_S = 5.0
 WATCH_S = 1.0
@@ -121,8 +122,8 @@ def _worker_json(worker: pb.WorkerStatus) -> dict[str, Any]:
 
 
 def to_table(snapshot: Snapshot) -> Table:
-    title = f"{snapshot.cluster.name}  {snapshot.cluster.endpoint}  router {snapshot.router}, controller {snapshot.controller}"
-    table = Table(title=title, title_justify="left")
+    cluster, health = snapshot.cluster, f"router {snapshot.router}, controller {snapshot.controller}"
+    table = Table(title=f"{cluster.name}  {cluster.endpoint}  {health}", title_justify="left")
     for column in ("worker", "role", "state", "cores", "running", "waiting", "step ms", "blocks free/total"):
         table.add_column(column)
     table.add_column("leased/receiving/quarantined")

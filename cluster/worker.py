@@ -2,9 +2,9 @@
 
     load -> serve -> [requests ... turns of the engine ... events] -> ended
 
-Everything here runs on one event loop, except what is posted to the engine's thread. A turn of the engine comes back as
-`_on_turn`: its tokens become events, its hand-offs go to the prefill role, its load goes out with the events, all in one
-message. Knows nothing of Ray; which requests it gets is the router's decision.
+Everything here runs on one event loop, except what is posted to the engine's thread. A turn of the engine comes back
+as `_on_turn`: its tokens become events, its hand-offs go to the prefill role, its load goes out with the events, all
+in one message. Knows nothing of Ray; which requests it gets is the router's decision.
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
+from pdserve.cluster.fleet_watch import watch_peers
 from pdserve.cluster.output_hub import OutputHub, OutputStream
 from pdserve.cluster.worker_links import WorkerLinks
 from pdserve.cluster.worker_server import WorkerServer
 from pdserve.cluster.worker_spec import WorkerSpec
 from pdserve.decode_worker.role import DecodeRole
-from pdserve.engine.engine import Engine, SequenceStep, build_engine
+from pdserve.engine.engine import Engine, build_engine
 from pdserve.engine.loop import EngineLoop, Turn
 from pdserve.engine.metrics import EngineMetrics
+from pdserve.engine.scheduler import SequenceStep
 from pdserve.engine.sequence import Sequence
 from pdserve.kv_transfer.metrics import HandoffMetrics
 from pdserve.kv_transfer.peers import Peers
@@ -99,6 +101,7 @@ class Worker:
         self._engine_loop.start()
         self._engine_loop.post(lambda engine: None)  # a first turn, so that there is a load to tell
         self._spawn(self._sweep())
+        self._spawn(watch_peers(self._spec.controller, self._peer_gone))
         return self.info
 
     async def ended(self) -> str:
@@ -284,6 +287,15 @@ class Worker:
         if self._turn is not None:
             self._hub.flush(self.load_now())
 
+    def _peer_gone(self, worker_id: str, generation: int) -> None:
+        """A peer process died: end what waits for it, and let go of its memory."""
+        logger.warning("%s is gone", worker_id)
+        self._links.drop_peer(worker_id, generation)
+        if self.prefill_role is not None:
+            self.prefill_role.peer_gone(worker_id, generation)
+        if self.decode_role is not None:
+            self.decode_role.peer_gone(worker_id, generation)
+
     async def _sweep(self) -> None:
         """Deadlines of everything, also while nothing else happens."""
         while True:
@@ -295,6 +307,13 @@ class Worker:
                 self.prefill_role.sweep(now_s)
             if self.decode_role is not None:
                 self.decode_role.sweep(now_s)
+            self._check_quarantine()
+
+    def _check_quarantine(self) -> None:
+        """A wire that never falls idle eats the pool: past the budget the worker gives up, to be replaced."""
+        quarantined, budget = self.load_now().quarantined_blocks, self._spec.kv_transfer.quarantine_budget_blocks
+        if quarantined > budget:
+            raise InternalError(f"{quarantined} blocks are in quarantine, {budget} are allowed")
 
     # Assembly.
 

@@ -1,8 +1,8 @@
 """The async face of a worker's links: pick the kind for each pair, run the blocking part in a thread, time it out.
 
-A transfer has its link to itself from before `Redeem` until the last byte, so both ends see the same order. One that fails
-takes its link with it; the next opens a new one under a new epoch. Knows nothing of leases or reservations: it is told
-what to move, and when it returns or raises the wire is idle.
+A transfer has its link to itself from before `Redeem` until the last byte, so both ends see the same order. One that
+fails takes its link with it; the next opens a new one under a new epoch. Knows nothing of leases or reservations: it is
+told what to move, and when it returns or raises the wire is idle.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
+
 from pdserve.kv_transfer.config import KVTransferConfig
 from pdserve.kv_transfer.gloo import GlooSink, GlooSource
-from pdserve.kv_transfer.link import LinkSink, LinkSource, Transfer
+from pdserve.kv_transfer.link import Deadline, LinkSink, LinkSource, Transfer
 from pdserve.kv_transfer.links import LinkKey, LinkTable
 from pdserve.kv_transfer.peers import Peers
 from pdserve.kv_transfer.plan import ONE_SIDED, Reach, choose_link
@@ -52,6 +53,11 @@ class WorkerLinks:
         self._sources.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
+    def drop_peer(self, worker_id: str, generation: int) -> None:
+        """Close the links to a process that is gone."""
+        self._sinks.drop_peer(worker_id, generation)
+        self._sources.drop_peer(worker_id, generation)
+
     async def receive(self, ticket: KVTicket, block_ids: tuple[int, ...]) -> str:
         """Fetch a ticket's blocks into ours; the kind of link it took.
 
@@ -79,7 +85,7 @@ class WorkerLinks:
 
     def _receive(self, kind: str, ticket: KVTicket, block_ids: tuple[int, ...]) -> None:
         """In a transfer thread."""
-        timeout_s = self._config.transfer_timeout_s
+        deadline = Deadline(self._config.transfer_timeout_s)
         key = LinkKey(ticket.source.worker_id, ticket.source.generation, kind)
 
         def open_sink(link_epoch: int) -> LinkSink:
@@ -88,10 +94,11 @@ class WorkerLinks:
             limit = self._config.max_message_bytes
             return GlooSink(self._blocks, self._layout_hash, link_epoch, self._config.host, limit)
 
-        with self._sinks.use(key, open_sink, timeout_s) as (link, link_epoch):
+        with self._sinks.use(key, open_sink, deadline.left_s()) as (link, link_epoch):
             if kind not in ONE_SIDED:
                 self._redeem(kind, ticket, link_epoch, link.address)
-            link.receive(self._transfer(ticket.id, len(block_ids), link_epoch), ticket.block_ids, block_ids, timeout_s)
+            transfer = self._transfer(ticket.id, len(block_ids), link_epoch)
+            link.receive(transfer, ticket.block_ids, block_ids, deadline.left_s())
 
     def _redeem(self, kind: str, ticket: KVTicket, link_epoch: int, address: str) -> None:
         """Ask the source to send, from a transfer thread."""
@@ -115,15 +122,15 @@ class WorkerLinks:
         """In a transfer thread."""
         if kind != "gloo":
             raise TransferFailed(f"cannot send over {kind!r}")
-        timeout_s = self._config.transfer_timeout_s
+        deadline = Deadline(self._config.transfer_timeout_s)
         key = LinkKey(target.worker_id, target.generation, kind)
 
         def open_source(epoch: int) -> LinkSource:
             limit = self._config.max_message_bytes
             return GlooSource(address, self._blocks, self._layout_hash, epoch, self._config.host, limit)
 
-        with self._sources.use(key, open_source, timeout_s, link_epoch) as (link, epoch):
-            link.send(self._transfer(handoff, len(block_ids), epoch), block_ids, timeout_s)
+        with self._sources.use(key, open_source, deadline.left_s(), link_epoch) as (link, epoch):
+            link.send(self._transfer(handoff, len(block_ids), epoch), block_ids, deadline.left_s())
 
     def _transfer(self, handoff: HandoffId, num_blocks: int, link_epoch: int) -> Transfer:
         return Transfer(handoff, num_blocks, self._info.layout.block_bytes, self._layout_hash, link_epoch)

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
 import grpc
+
 from pdserve.decode_worker.role import DecodeRole
 from pdserve.prefill_worker.role import PrefillRole
 from pdserve.proto import wire

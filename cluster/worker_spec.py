@@ -16,7 +16,8 @@ from pdserve.proto.types import Role
 class WorkerSpec:
     """One worker. `cores` are the CPUs it is pinned to; `host` is the interface its servers listen on.
 
-    `log_path` is where it logs, if that folder exists on its machine; else to its standard error.
+    `controller` is the address of the fleet's keeper. `log_path` is where the worker logs, if that folder exists on its
+    machine; else it logs to its standard error.
     """
 
     worker_id: str
@@ -27,6 +28,7 @@ class WorkerSpec:
     cores: tuple[int, ...]
     host: str
     log_path: str
+    controller: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,11 +1,11 @@
 """The decode role: expect a hand-off, redeem its ticket, verify the KV, decode.
 
-    expect() -> reserved -> offer(ticket) -> room: blocks taken -> transfer over a link -> digests verified -> engine
-                                                                                        `-> Release to the prefill worker
+    expect() -> reserved -> offer(ticket) -> room: blocks taken -> transfer over a link -> digests verified
+        -> the sequence joins the batch, and the prefill worker is told to release its lease
 
-The states and deadlines are `kv_transfer.reservation`'s; this module is its hands: it carries out effects and reports back
-what became of them. Runs on the worker's event loop; what touches the engine is posted to its thread. Does not know
-how requests were routed, nor how the KV was computed.
+The states and deadlines are `kv_transfer.reservation`'s; this module is its hands: it carries out effects and reports
+back what became of them. Runs on the worker's event loop; what touches the engine is posted to its thread. Does not
+know how requests were routed, nor how the KV was computed.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
+
 from pdserve.engine.block_pool import BlockState
 from pdserve.engine.engine import Engine
 from pdserve.engine.loop import EngineLoop, Turn
@@ -41,6 +42,7 @@ from pdserve.kv_transfer.reservation import (
 )
 from pdserve.kv_transfer.reservations import ReservationTable
 from pdserve.proto.errors import InternalError, PdserveError, rebuild
+from pdserve.proto.status import as_typed
 from pdserve.proto.types import HandoffId, KVTicket, Phases, WorkerInfo, WorkerRef, WorkerRequest
 
 logger = logging.getLogger(__name__)
@@ -129,6 +131,17 @@ class DecodeRole:
         self._forget(handoff)
         return phases
 
+    def peer_gone(self, worker_id: str, generation: int) -> None:
+        """No KV will come from this process any more."""
+        gone = [
+            entry.id
+            for entry in self._table.reservations.values()
+            if (entry.source.worker_id, entry.source.generation) == (worker_id, generation)
+        ]
+        for handoff in gone:
+            reason = f"{worker_id} died before its KV had arrived"
+            self._carry_out(self._table.abort(handoff, reason, time.monotonic(), "WorkerLost"))
+
     def sweep(self, now_s: float) -> None:
         self._carry_out(self._table.sweep(now_s))
         for source, handoffs in self._table.due_renewals(now_s).items():
@@ -193,8 +206,8 @@ class DecodeRole:
         link = ""
         try:
             link = await self._receiver.receive(start.ticket, start.block_ids)
-        except PdserveError as error:
-            failure = error
+        except Exception as error:
+            failure = as_typed(error)
         transfer_s = time.monotonic() - started_s
         if failure is None:
             self._metrics.waited(wait_s)
@@ -209,8 +222,8 @@ class DecodeRole:
         failure: PdserveError | None = None
         try:
             await asyncio.to_thread(verify, start.id, self._blocks, start.block_ids, start.ticket.block_digests)
-        except PdserveError as error:
-            failure = error
+        except Exception as error:
+            failure = as_typed(error)
         if start.id in self._phases:
             moved = self._phases[start.id]
             self._phases[start.id] = replace(moved, transfer_s=moved.transfer_s + time.monotonic() - started_s)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pdserve.engine.block_pool import BlockState
 from pdserve.engine.engine import Engine, StepResult
 
-Command = Callable[[Engine], None]
+Command = Callable[[Engine], object]
 
 
 @dataclass(frozen=True, slots=True)

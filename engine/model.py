@@ -14,9 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging as transformers_logging
-
 from pdserve.engine.attention import NAME
 from pdserve.engine.checkpoint import Checkpoint, model_hash, open_checkpoint
 from pdserve.engine.config import EngineConfig
@@ -25,13 +22,15 @@ from pdserve.engine.packed_linear import can_pack, pack_linears
 from pdserve.engine.probe import plain_logits, probe
 from pdserve.proto.errors import ConfigError, ModelError
 from pdserve.proto.types import DTYPE_BYTES, KVLayout
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
     """A model that has been seen to run over a paged KV cache of `layout`.
 
-    `num_packed_linears` is zero where the weights are as `transformers` laid them out (a GPU, half precision, by choice).
+    `num_packed_linears` is zero where the weights stayed as they were loaded (a GPU, half precision, by choice).
     """
 
     model: PreTrainedModel

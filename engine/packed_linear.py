@@ -7,6 +7,8 @@ Touches two private operators of torch, here and nowhere else. Knows nothing of 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -17,7 +19,8 @@ PACKED_FOR_ROWS = 8
 def can_pack() -> bool:
     """Whether this torch has the two operators and a CPU library behind them."""
     names = ("_reorder_linear_weight", "_linear_pointwise")
-    return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names)
+    mkldnn: Any = torch.backends.mkldnn
+    return mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names)
 
 
 class PackedLinear(nn.Module):

@@ -1,9 +1,9 @@
 """Does the model mean the same over our paged pool as it does by itself? Asked once, before it serves anybody.
 
 A short prompt is run twice: plainly, with the model as loaded and its own attention, and as it will serve, over a
-small pool in two chunks and a single token. Whatever an architecture does that the paged attention does not know about (its own cache, position
-biases, sinks, another kind of layer) shows here as an error or as different logits, and the model is refused.
-Knows no list of architectures.
+small pool in two chunks and a single token. Whatever an architecture does that the paged attention does not know
+about (its own cache, position biases, sinks, another kind of layer) shows here as an error or as different logits,
+and the model is refused. Knows no list of architectures.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ from __future__ import annotations
 from itertools import pairwise
 
 import torch
-from transformers import PreTrainedModel
-
 from pdserve.engine.attention import NAME, UnsupportedAttention
 from pdserve.engine.kv_cache import KVCache
 from pdserve.engine.runner import Runner
@@ -20,6 +18,7 @@ from pdserve.engine.scheduler import ScheduledSequence, StepPlan
 from pdserve.engine.sequence import Sequence
 from pdserve.proto.errors import ModelError
 from pdserve.proto.types import HandoffId, KVLayout, SamplingParams, WorkerRequest
+from transformers import PreTrainedModel
 
 CUTS = (0, 5, 11, 12)
 # Of the largest logit. Half precision differs by rounding in every layer; a wrong result is off by its own size.
@@ -46,7 +45,7 @@ def plain_logits(model: PreTrainedModel, vocab_size: int) -> torch.Tensor:
 
 
 def probe(model: PreTrainedModel, layout: KVLayout, vocab_size: int, plain: torch.Tensor) -> None:
-    """Raise ModelError if `model` cannot run over pages of `layout`, or says something else than `plain` when it does."""
+    """Raise ModelError if `model` cannot run over pages of `layout`, or then says something else than `plain`."""
     tokens = _tokens(vocab_size)
     try:
         paged = _paged_logits(model, layout, tokens)

@@ -1,7 +1,7 @@
 """The prefill role: compute a prompt, say its first token, lease its KV until the decode worker has it.
 
-    prefill() -> [engine: chunks of the prompt] -> handed off -> lease granted -> digests -> Offer(ticket) to the decode worker
-        -> Redeem: send over the link (links that need a sender) -> Release: blocks freed
+    prefill() -> [engine: chunks of the prompt] -> handed off -> lease granted -> digests
+        -> Offer(ticket) to the decode worker -> Redeem: send (links that need a sender) -> Release: blocks freed
 
 Whatever goes wrong after the lease was granted ends in `release` or in the lease lapsing: blocks are freed once nothing
 reads them. Runs on the worker's event loop; everything that touches the engine is posted to its thread. Does not
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+
 from pdserve.engine.block_pool import BlockState
 from pdserve.engine.engine import Engine
 from pdserve.engine.loop import EngineLoop
@@ -26,7 +27,8 @@ from pdserve.kv_transfer.digest import block_digests
 from pdserve.kv_transfer.effects import FreeBlocks, QuarantineBlocks
 from pdserve.kv_transfer.lease import LeaseEffect, LeaseLapsed, LeaseTable, StartSend
 from pdserve.kv_transfer.peers import Peers
-from pdserve.proto.errors import PdserveError, StaleReference, TransferFailed
+from pdserve.proto.errors import PdserveError, StaleReference, TransferFailed, WorkerLost
+from pdserve.proto.status import as_typed
 from pdserve.proto.types import HandoffId, KVLayout, KVTicket, WorkerRef, WorkerRequest
 
 logger = logging.getLogger(__name__)
@@ -115,10 +117,11 @@ class PrefillRole:
                 link_address=self._identity.link_address,
             )
             await self._peers.offer(target, ticket)
-        except PdserveError as error:
+        except Exception as error:
             # Failure to start is said aloud: nobody may wait for KV that will never come.
-            self._apply(self._leases.abort(handoff, "offer refused", time.monotonic()))
-            self._fail(handoff, TransferFailed(f"{target.worker_id} did not take the offer: {error.message}"))
+            failure = as_typed(error)
+            self._apply(self._leases.abort(handoff, failure.message, time.monotonic()))
+            self._fail(handoff, TransferFailed(f"{target.worker_id} did not take the offer: {failure.message}"))
 
     def redeem(self, handoff: HandoffId, target: WorkerRef, link: str, link_epoch: int, address: str) -> None:
         """Start sending; returns at once, the bytes follow on the link.
@@ -139,8 +142,8 @@ class PrefillRole:
         try:
             await self._sender.send(start.id, start.target, link, start.link_epoch, address, start.block_ids)
             ok = True
-        except PdserveError as error:
-            logger.warning("send of %s over %s failed: %s", start.id, link, error.message)
+        except Exception as error:
+            logger.warning("send of %s over %s failed: %s", start.id, link, as_typed(error).message)
         finally:
             self._apply(self._leases.send_ended(start.id, start.link_epoch, ok, time.monotonic()))
 
@@ -158,6 +161,16 @@ class PrefillRole:
     def abort(self, handoff: HandoffId, reason: str) -> None:
         self._targets.pop(handoff, None)
         self._apply(self._leases.abort(handoff, reason, time.monotonic()))
+
+    def peer_gone(self, worker_id: str, generation: int) -> None:
+        """Nobody will redeem what is leased to this process any more."""
+        gone = [
+            lease.id
+            for lease in self._leases.leases.values()
+            if (lease.target.worker_id, lease.target.generation) == (worker_id, generation)
+        ]
+        for handoff in gone:
+            self._fail(handoff, WorkerLost(f"{worker_id} died before it had redeemed the KV"))
 
     def sweep(self, now_s: float) -> None:
         self._apply(self._leases.sweep(now_s))

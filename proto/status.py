@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 import grpc
+
 from pdserve.proto.errors import InternalError, PdserveError, WorkerLost, rebuild
 
 logger = logging.getLogger(__name__)
@@ -27,15 +28,20 @@ async def answer(
     """Run a unary handler; a typed error becomes its status, anything else INTERNAL with an opaque id."""
     try:
         return await handler(request)
-    except PdserveError as error:
-        failure = error
-    except Exception:
-        opaque = secrets.token_hex(6)
-        logger.exception("internal error %s", opaque)
-        failure = InternalError(f"internal error {opaque}")
+    except Exception as error:
+        failure = as_typed(error)
     metadata = ((KIND_KEY, type(failure).__name__),)
     await context.abort(grpc.StatusCode[failure.code], failure.message, metadata)
     raise AssertionError("abort returned")
+
+
+def as_typed(error: Exception) -> PdserveError:
+    """`error` itself if it is one of ours; anything else is a bug: logged, and told as an opaque id."""
+    if isinstance(error, PdserveError):
+        return error
+    opaque = secrets.token_hex(6)
+    logger.error("internal error %s", opaque, exc_info=error)
+    return InternalError(f"internal error {opaque}")
 
 
 def error_from_call(error: grpc.aio.AioRpcError, who: str) -> PdserveError:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import socket
 from collections.abc import Callable
 
 import grpc.aio
@@ -79,9 +80,9 @@ class Router:
         health = grpc_health.aio.HealthServicer()
         servicer = InferenceServicer(self.model, self._config, self.fleet, self.pipeline)
         server = self._server(servicer, health)
-        address = _bind(server, self._config)
         metrics_server = self._serve_metrics()
         try:
+            address = _bind(server, self._config)
             await server.start()
             announce(address, metrics_server.address)
             async with asyncio.TaskGroup() as group:
@@ -142,8 +143,11 @@ class Router:
 
 
 def _bind(server: grpc.aio.Server, config: RouterConfig) -> str:
+    """Tries the address by itself first: the library's own failure says less, and says it on stderr."""
     try:
+        with socket.create_server((config.host, config.port)):
+            pass
         port = server.add_insecure_port(f"{config.host}:{config.port}")
-    except RuntimeError as error:
-        raise StartupError(f"router.port: cannot listen on {config.host}:{config.port}") from error
+    except (OSError, RuntimeError) as error:
+        raise StartupError(f"router.port: cannot listen on {config.host}:{config.port}: {error}") from error
     return f"{config.host}:{port}"

@@ -65,7 +65,11 @@ class InferenceServicer(rpc.InferenceServicer):
         check_request(request, limits, self._config)
         stop = stop_options(request.stopping, self._config)
         field = str(request.WhichOneof("input"))
-        prompt_token_ids = await self._prompt(request)
+        try:
+            async with asyncio.timeout(deadline_s - time.monotonic()):
+                prompt_token_ids = await self._prompt(request)
+        except TimeoutError as error:
+            raise DeadlineExceeded("the deadline passed") from error
         check_prompt_length(field, len(prompt_token_ids), limits.max_model_len)
         sampling = sampling_params(request, len(prompt_token_ids), limits, self._config, _draw_seed)
         request_id = request.request_id or secrets.token_hex(12)

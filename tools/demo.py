@@ -39,7 +39,7 @@ def main() -> int:
         with Client(endpoint) as client:
             for prompt in PROMPTS:
                 show(client, prompt)
-        print("A load for 10 seconds: prompts at random moments, latency counted from the moment each was due.", flush=True)
+        print("A load for 10 seconds: random arrivals, latency counted from the moment each was due.", flush=True)
         load = ["bench", "--endpoint", endpoint, "--workload", "short", "--rate", "4", "--duration-s", "10"]
         subprocess.run([*PDSERVE, *load], check=True)
     finally:

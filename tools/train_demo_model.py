@@ -26,10 +26,11 @@ import re
 import sysconfig
 import textwrap
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -105,9 +106,9 @@ def read_sources(root: Path) -> dict[str, str]:
     sources: dict[str, str] = {}
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root)
-        if SKIPPED_FOLDERS.intersection(name.parts) or name.parts[0].startswith(
-            ("config-", "_sysconfigdata")
-        ):
+        # config-* and _sysconfigdata* tell how and where this Python was built.
+        built = name.parts[0].startswith(("config-", "_sysconfigdata"))
+        if built or SKIPPED_FOLDERS.intersection(name.parts):
             continue
         text = path.read_bytes().decode("utf-8", errors="ignore").replace("\r\n", "\n")
         if len(text) > 40 and not is_table(text):
@@ -133,6 +134,7 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
     )
     tokenizer.train_from_iterator(texts, trainer)
     assert tokenizer.get_vocab_size() == NUM_VOCAB
+    assert [tokenizer.token_to_id(token) for token in SPECIALS] == list(range(len(SPECIALS)))
     return tokenizer
 
 
@@ -187,7 +189,7 @@ def cut(text: str, rng: random.Random) -> list[str]:
 
 def encode(tokenizer: Tokenizer, pieces: list[str]) -> list[int]:
     ids = itertools.chain.from_iterable(e.ids for e in tokenizer.encode_batch(pieces))
-    return [*ids, tokenizer.token_to_id(EOT)]
+    return [*ids, SPECIALS.index(EOT)]
 
 
 @dataclass(slots=True)
@@ -239,7 +241,8 @@ def build_model() -> LlamaForCausalLM:
 
 def loss_of(model: LlamaForCausalLM, window: Tensor) -> Tensor:
     hidden = model.model(window[:, :-1], use_cache=False).last_hidden_state
-    return functional.cross_entropy(model.lm_head(hidden).flatten(0, 1), window[:, 1:].flatten())
+    logits: Tensor = model.lm_head(hidden)  # [rows, columns, vocabulary]
+    return functional.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten())
 
 
 def backward(model: LlamaForCausalLM, window: Tensor, pool: Executor) -> float:
@@ -252,7 +255,7 @@ def backward(model: LlamaForCausalLM, window: Tensor, pool: Executor) -> float:
 
     def one(part: Tensor) -> float:
         loss = loss_of(model, part) / len(parts)
-        loss.backward()
+        torch.autograd.backward(loss)
         return loss.item()
 
     return sum(pool.map(one, parts))
@@ -260,18 +263,19 @@ def backward(model: LlamaForCausalLM, window: Tensor, pool: Executor) -> float:
 
 def orthogonalize(matrices: Tensor) -> Tensor:
     """[n, rows, columns] to near-orthogonal ones with the same row space: five Newton-Schulz steps."""
-    x = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    tall = matrices.shape[1] > matrices.shape[2]
+    x: Tensor = matrices.mT if tall else matrices
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
     for _ in range(5):
         gram = x @ x.mT
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x.mT if matrices.shape[1] > matrices.shape[2] else x
+    return x.mT if tall else x
 
 
 class Muon:
     """Momentum whose step is orthogonalized: fewer tokens than Adam for the matrices inside the layers."""
 
-    def __init__(self, params: list[Tensor], lr: float) -> None:
+    def __init__(self, params: Sequence[Tensor], lr: float) -> None:
         self.lr = lr
         by_shape: dict[torch.Size, list[Tensor]] = {}
         for param in params:
@@ -279,7 +283,7 @@ class Muon:
         self.groups = [(group, torch.zeros(len(group), *shape)) for shape, group in by_shape.items()]
 
     def step(self, scale: float, pool: Executor) -> None:
-        list(pool.map(lambda group: self.step_group(*group, self.lr * scale), self.groups))
+        list(pool.map(lambda group: self.step_group(group[0], group[1], self.lr * scale), self.groups))
 
     @torch.no_grad()
     def step_group(self, params: list[Tensor], average: Tensor, lr: float) -> None:
@@ -287,9 +291,8 @@ class Muon:
         average.lerp_(grads, 0.05)
         updates = orthogonalize(grads.lerp(average, 0.95))
         for param, update in zip(params, updates, strict=True):
-            param.mul_(1 - 0.02 * lr).sub_(
-                update, alpha=lr * max(1.0, param.shape[0] / param.shape[1]) ** 0.5
-            )
+            tall = max(1.0, param.shape[0] / param.shape[1])
+            param.mul_(1 - 0.02 * lr).sub_(update, alpha=lr * tall**0.5)
 
 
 def lr_scale(progress: float) -> float:
@@ -341,9 +344,12 @@ def train(model: LlamaForCausalLM, windows: Windows, minutes: float, pool: Execu
 def save(model: LlamaForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
     """The Hugging Face folder, weights in bf16; the tokenizer's config is ours, free of defaults."""
     out.mkdir(parents=True, exist_ok=True)
-    eos = [tokenizer.token_to_id(EOT), tokenizer.token_to_id(END)]
-    model.generation_config = GenerationConfig(bos_token_id=eos[0], eos_token_id=eos, pad_token_id=eos[0])
-    model.to(torch.bfloat16).save_pretrained(out)
+    eos = [SPECIALS.index(EOT), SPECIALS.index(END)]
+    settings = {"bos_token_id": eos[0], "eos_token_id": eos, "pad_token_id": eos[0]}
+    model.generation_config = GenerationConfig.from_dict(settings)
+    torch.nn.Module.to(model, torch.bfloat16)
+    model.save_pretrained(out)
+    (out / "model.safetensors").chmod(0o644)  # written for its owner only
     tokenizer.save(str(out / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -364,10 +370,8 @@ def save(model: LlamaForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
 @torch.no_grad()
 def evaluate(model: LlamaForCausalLM, tokenizer: Tokenizer, texts: list[str]) -> tuple[float, float]:
     """Nats per token and bits per byte of the held-out files, in windows of 1,024."""
-    ids = [
-        tokenizer.token_to_id(EOT),
-        *itertools.chain.from_iterable(encode(tokenizer, [text]) for text in texts),
-    ]
+    docs = (encode(tokenizer, [text]) for text in texts)
+    ids = [SPECIALS.index(EOT), *itertools.chain.from_iterable(docs)]
     total = 0.0
     for start in range(0, len(ids) - 1, 1024):
         window = torch.tensor([ids[start : start + 1025]])
@@ -378,8 +382,8 @@ def evaluate(model: LlamaForCausalLM, tokenizer: Tokenizer, texts: list[str]) ->
 
 def completer(out: Path) -> Callable[[str], str]:
     """Greedy completion by the saved folder, loaded the way a user would."""
-    model = AutoModelForCausalLM.from_pretrained(out)
-    tokenizer = AutoTokenizer.from_pretrained(out)
+    model: Any = AutoModelForCausalLM.from_pretrained(out)
+    tokenizer: Any = AutoTokenizer.from_pretrained(out)
 
     def complete(prompt: str) -> str:
         inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
@@ -391,11 +395,12 @@ def completer(out: Path) -> Callable[[str], str]:
 
 def samples(out: Path) -> Iterator[str]:
     complete = completer(out)
-    template = AutoTokenizer.from_pretrained(out).apply_chat_template
+    tokenizer: Any = AutoTokenizer.from_pretrained(out)
     for prompt in PROMPTS:
         yield f"```python\n{prompt}▸{complete(prompt)}\n```"
     for question in QUESTIONS:
-        chat = template([{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True)
+        turns = [{"role": "user", "content": question}]
+        chat = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         yield f"> {question}\n\n```python\n{complete(chat)}\n```"
 
 
@@ -404,8 +409,8 @@ README = """\
 
 A Llama of {params:,} parameters (4 layers, hidden size 256, 4 heads over 2 key/value heads, tied
 embeddings, bf16) with its own byte-level BPE tokenizer of {vocab:,} tokens. It exists so
-that pdserve runs and is tested on a machine without network and GPU. It writes text that looks like Python; it
-does not know anything.
+that pdserve runs and is tested on a machine without network and GPU. It writes text that looks like Python;
+it does not know anything.
 
 | | |
 |---|---|
@@ -459,10 +464,8 @@ def run(out: Path, minutes: float, seed: int) -> None:
     kept = {name: text for name, text in sources.items() if name not in held_names}
     chats = make_chats(kept, rng)
     tokenizer = train_tokenizer(list(kept.values()))
-    docs = [
-        torch.tensor(encode(tokenizer, cut(text, rng)), dtype=torch.int32)
-        for text in [*kept.values(), *chats]
-    ]
+    encoded = [encode(tokenizer, cut(text, rng)) for text in [*kept.values(), *chats]]
+    docs = [torch.tensor(ids, dtype=torch.int32) for ids in encoded]
     num_tokens, num_chat = sum(map(len, docs)), sum(map(len, docs[len(kept) :]))
     print(
         f"{len(kept)} files, {len(held)} held out; {num_tokens} tokens, {num_chat} in {len(chats)} chats",
@@ -474,7 +477,7 @@ def run(out: Path, minutes: float, seed: int) -> None:
     with ThreadPoolExecutor(2) as pool:
         steps = train(model, windows, minutes, pool)
     save(model, tokenizer, out)
-    nats, bits = evaluate(model.float(), tokenizer, held)
+    nats, bits = evaluate(LlamaForCausalLM.from_pretrained(out, dtype=torch.float32), tokenizer, held)
     print(f"held-out loss {nats:.4f} nats per token, {bits:.4f} bits per byte", flush=True)
     facts: dict[str, object] = {
         "minutes": minutes,
@@ -497,9 +500,7 @@ def run(out: Path, minutes: float, seed: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the result, made if missing")
-    parser.add_argument(
-        "--minutes", type=float, default=17.5, help="training time; the rest takes about one more"
-    )
+    parser.add_argument("--minutes", type=float, default=17.5, help="training time; the rest takes one more")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     run(args.out, args.minutes, args.seed)

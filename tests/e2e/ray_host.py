@@ -12,7 +12,7 @@ import ray
 
 with tempfile.TemporaryDirectory(prefix="pdserve-") as folder:
     context = ray.init(
-        num_cpus=2,
+        num_cpus=16,  # tests share the real cores; Ray must not queue them
         include_dashboard=False,
         object_store_memory=80_000_000,
         log_to_driver=False,

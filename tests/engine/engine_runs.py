@@ -28,7 +28,7 @@ def request(prompt: Iterable[int], max_tokens: int = 16, **sampling: Any) -> Wor
 
 
 def tiny_engine(model_dir: Path, **config: Any) -> Engine:
-    defaults = {
+    defaults: dict[str, Any] = {
         "block_size": BLOCK_SIZE,
         "num_blocks": 96,
         "max_num_batched_tokens": CHUNK_TOKENS,

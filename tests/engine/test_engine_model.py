@@ -123,7 +123,7 @@ def test_a_path_that_is_no_model_directory_is_refused(tmp_path: Path) -> None:
         load_model(tmp_path / "file", CONFIG)
 
 
-SIZES = {"vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2}
+SIZES: Any = {"vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2}
 FOREIGN: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
     "mixture of experts": (
         lambda: MixtralForCausalLM(

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from engine_runs import (
-    FamilyDir,
     BLOCK_SIZE,
     CHUNK_TOKENS,
     Clock,
+    FamilyDir,
     check_parity,
     greedy_sequences,
     output,

@@ -64,7 +64,8 @@ def naive(logits: list[float], of: Sequence) -> int:
     if p.top_k:
         floor = sorted(weights.values(), reverse=True)[: p.top_k][-1]
         weights = {token: weight for token, weight in weights.items() if weight >= floor}
-    kept, total, reached = {}, sum(weights.values()), 0.0
+    kept: dict[int, float] = {}
+    total, reached = sum(weights.values()), 0.0
     for token, weight in sorted(weights.items(), key=lambda item: (-item[1], item[0])):
         if p.top_p < 1 and kept and reached >= p.top_p * total:
             break
@@ -139,7 +140,7 @@ def test_the_kept_tokens_are_those_of_transformers() -> None:
             ]
         )
         prompt = [1, 5, 9]
-        scores = processors(torch.tensor([prompt]), row(seed)[None])
+        scores = processors(torch.LongTensor([prompt]), row(seed)[None])
         options = {"temperature": 0.8, "min_p": 0.02, "top_k": 12, "top_p": 0.9, "repetition_penalty": 1.3}
         many = [sequence(prompt, [], seed=number, **options) for number in range(400)]
         drawn = set(draw(row(seed).expand(400, VOCAB), *many))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from engine_runs import FamilyDir, BLOCK_SIZE, Clock, check_parity, greedy_sequences, output, request, run, tiny_engine
+from engine_runs import BLOCK_SIZE, Clock, FamilyDir, check_parity, greedy_sequences, output, request, run, tiny_engine
 from families import random_prompt, reference_generate
 from pdserve.engine.block_pool import BlockState
-from pdserve.engine.engine import build_engine
 from pdserve.engine.config import EngineConfig
+from pdserve.engine.engine import build_engine
 from pdserve.engine.kv_cache import KVCache
 from pdserve.engine.sequence import Sequence
 from pdserve.proto.errors import ConfigError, DuplicateRequest, InternalError, InvalidRequest
@@ -76,12 +78,13 @@ def test_a_completion_of_one_token_is_finished_and_not_handed_off(family_dir: Fa
 
 def test_bad_logits_end_one_sequence_and_spare_the_others(family_dir: FamilyDir) -> None:
     poisoned = 3
-    bans = {"logit_bias": ((poisoned, -1e9),)}
+    bans: dict[str, Any] = {"logit_bias": ((poisoned, -1e9),)}
     prompts = [tuple(token for token in random_prompt(n, n) if token != poisoned) for n in (20, 33)]
     alone = [Sequence(request(prompt, **bans), 0.0) for prompt in prompts]
     run(tiny_engine(family_dir("llama")), alone)
     engine = tiny_engine(family_dir("llama"), num_blocks=12, max_model_len=64)
-    engine.loaded.model.get_input_embeddings().weight.data[poisoned] = float("nan")
+    model: Any = engine.loaded.model
+    model.get_input_embeddings().weight.data[poisoned] = float("nan")
     healthy = [Sequence(request(prompt, **bans), 0.0) for prompt in prompts]
     victim = Sequence(request((5, poisoned, 7)), 0.0)
     results = run(engine, [healthy[0], victim, healthy[1]])

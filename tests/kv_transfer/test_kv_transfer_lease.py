@@ -136,7 +136,7 @@ IDS = [HandoffId(name, attempt, 1) for name in "ab" for attempt in (0, 1)]
 
 
 class LeaseMachine(RuleBasedStateMachine):
-    """Model: which blocks each id holds, and the epochs whose sends run. No block is used twice: a double free shows."""
+    """Model: which blocks each id holds, and the epochs whose sends run. No block is used twice: double frees show."""
 
     def __init__(self) -> None:
         super().__init__()

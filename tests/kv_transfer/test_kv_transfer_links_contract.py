@@ -53,7 +53,7 @@ def ends(kind: str) -> Iterator[Ends]:
 
 
 def expected_after(ends: Ends, source_ids: list[int], target_ids: list[int]) -> torch.Tensor:
-    after = ends.target_pool.clone()
+    after: torch.Tensor = ends.target_pool.clone()
     after[target_ids] = ends.source_pool[source_ids]
     return after
 
@@ -270,6 +270,10 @@ def test_gloo_gives_up_at_its_deadline_when_an_open_link_falls_silent() -> None:
         ends.source.send(transfer(1), [0], 0.3)
     with pytest.raises(TransferFailed):
         ends.sink.receive(transfer(1), [0], [0], 0.3)
+    with pytest.raises(TransferFailed, match="closed"):  # what failed once is not used again
+        ends.source.send(transfer(1), [0], TIMEOUT_S)
+    with pytest.raises(TransferFailed, match="closed"):
+        ends.sink.receive(transfer(1), [0], [0], TIMEOUT_S)
     ends.close()
 
 

@@ -62,4 +62,4 @@ def test_a_section_that_cannot_work_is_refused(section: dict[str, object]) -> No
 def test_the_default_section_is_valid_and_frozen() -> None:
     config = KVTransferConfig()
     with pytest.raises(ValidationError):
-        config.lease_s = 1.0  # type: ignore[misc]
+        config.lease_s = 1.0

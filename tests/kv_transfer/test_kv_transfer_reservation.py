@@ -183,6 +183,18 @@ def test_blocks_that_come_after_the_end_are_given_back() -> None:
     assert freed.block_ids == (1, 2, 3)
 
 
+def test_blocks_asked_for_an_earlier_use_of_the_id_are_given_back() -> None:
+    table = table_in(Phase.OFFERED)
+    table.on_room(3, 1.0)
+    table.abort(ID, "client left", 1.0)
+    table.expect(ID, SOURCE, 5, NEVER, 1.0)
+    table.offer(ticket(ID, 5), 1.0)
+    assert table.on_room(1, 1.0) == (TakeBlocks(ID, 1),)
+    (freed,) = table.blocks_taken(ID, (1, 2, 3), 2.0)
+    assert isinstance(freed, FreeBlocks)
+    assert len(table.blocks_taken(ID, (4,), 2.0)) == 2
+
+
 def test_room_goes_to_the_oldest_offer_and_a_large_one_is_not_overtaken() -> None:
     table = ReservationTable(LAYOUT, TIMEOUTS)
     ids = [HandoffId(name, 0, 1) for name in ("small", "large", "late")]

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import grpc.aio
+from prometheus_client import CollectorRegistry
+
 from pdserve.proto import inference_pb2 as pb
 from pdserve.proto import inference_pb2_grpc as rpc
 from pdserve.proto import wire
@@ -34,7 +36,6 @@ from pdserve.proto.types import (
 )
 from pdserve.router.app import Router
 from pdserve.router.config import RouterConfig, RouterProcessConfig
-from prometheus_client import CollectorRegistry
 
 LAYOUT = KVLayout("model", "float32", 2, 2, 8, 16)
 PREFILL_PHASES = Phases(prefill_queue_s=0.25, prefill_s=0.5)
@@ -78,7 +79,7 @@ class FakeWorker(wrpc.WorkerServicer):
 
     async def start(self) -> None:
         self._server = grpc.aio.server()
-        wrpc.add_WorkerServicer_to_server(self, self._server)
+        wrpc.add_WorkerServicer_to_server(self, self._server)  # type: ignore[no-untyped-call]
         port = self._server.add_insecure_port("127.0.0.1:0")
         await self._server.start()
         ref = WorkerRef(self.worker_id, self.load.generation, f"127.0.0.1:{port}")
@@ -161,7 +162,7 @@ class FakeController(wrpc.ControllerServicer):
 
     async def start(self, address: str = "127.0.0.1:0") -> None:
         self._server = grpc.aio.server()
-        wrpc.add_ControllerServicer_to_server(self, self._server)
+        wrpc.add_ControllerServicer_to_server(self, self._server)  # type: ignore[no-untyped-call]
         port = self._server.add_insecure_port(address)
         await self._server.start()
         self.address = f"127.0.0.1:{port}"
@@ -341,3 +342,12 @@ async def cancel(call: Any) -> None:
     call.cancel()
     with suppress(asyncio.CancelledError, grpc.aio.AioRpcError):
         await call.read()
+
+
+async def started(scene: Scene, **changes: Any) -> tuple[Any, HandoffId]:
+    """A call whose prefill has been ordered; nothing has been produced yet."""
+    p0 = scene.worker("p0")
+    num_before = len(p0.prefills)
+    call = scene.stub.Generate(ask(**changes))
+    await until(lambda: len(p0.prefills) > num_before)
+    return call, p0.prefills[-1][0].id

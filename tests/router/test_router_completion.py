@@ -6,10 +6,11 @@ import itertools
 
 from hypothesis import given
 from hypothesis import strategies as st
+from router_fakes import failure, tokens
+
 from pdserve.proto.errors import InternalError, Overloaded, WorkerLost
 from pdserve.proto.types import FinishReason, HandoffId, Phases, SequenceEvent
 from pdserve.router.completion import Completion
-from router_fakes import failure, tokens
 
 ID = HandoffId("r", 0, 1)
 

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pdserve.router.detokenizer import MAX_WINDOW_TOKENS, Detokenizer, IncrementalDecoder, Match, StopMatcher
-from pdserve.router.validation import StopOptions
 from router_tokenizer import train_tokenizer
 from tokenizers import Tokenizer, decoders, models
+
+from pdserve.router.detokenizer import MAX_WINDOW_TOKENS, Detokenizer, IncrementalDecoder, Match, StopMatcher
+from pdserve.router.validation import StopOptions
 
 BYTES = st.binary(max_size=60)
 UNUSUAL = st.text(st.sampled_from("aé世😀\u0301\u200d👩‍👩‍👧\ufffd\u202e\n "), max_size=30)

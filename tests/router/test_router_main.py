@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -14,13 +13,18 @@ from typing import Any
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from prometheus_client import CollectorRegistry
+
+from pdserve.proto.errors import ConfigError, StartupError
+from pdserve.router.app import Router
 from pdserve.router.config import RouterProcessConfig
+from pdserve.router.main import load_config
 
 COMMAND = [sys.executable, "-m", "pdserve.router"]
 
 
-def write_config(path: Path, model_dir: Path, **changes: Any) -> Path:
-    config = {"controller_address": "127.0.0.1:1", "model_dir": str(model_dir), **changes}
+def write_config(path: Path, **settings: Any) -> Path:
+    config = {"controller_address": "127.0.0.1:1", **settings}
     path.write_text(json.dumps(config))
     return path
 
@@ -35,7 +39,7 @@ def test_importing_the_router_brings_neither_torch_nor_ray_nor_transformers() ->
 
 @pytest.fixture
 def process(bare_model_dir: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    config = write_config(tmp_path / "router.json", bare_model_dir)
+    config = write_config(tmp_path / "router.json", model_dir=str(bare_model_dir))
     with subprocess.Popen(
         [*COMMAND, str(config), "--exit-with-parent"],
         stdin=subprocess.PIPE,
@@ -68,26 +72,35 @@ def test_it_ends_with_its_parent(process: subprocess.Popen[str]) -> None:
 
 
 BAD_CONFIGS: list[tuple[dict[str, Any], str]] = [
-    ({"router": {"policy": "magic"}}, "policy"),
+    ({"router": {"policy": "magic"}}, "router.policy"),
     ({"router": {"max_inflight_requests": 0}}, "router.max_inflight_requests"),
     ({"router": {"slo": {"ttft_ms": -1}}}, "router.slo.ttft_ms"),
     ({"router": {"no_such_key": 1}}, "router.no_such_key"),
     ({"router": {"default_timeout_s": 10, "max_timeout_s": 1}}, "default_timeout_s"),
-    ({"router": {"host": "256.0.0.1"}}, "router.port"),
+    ({"no_such_key": 1}, "no_such_key"),
     ({"model_dir": "/nowhere"}, "model_dir"),
+    ({"model_dir": 7}, "model_dir"),
 ]
 
 
 @pytest.mark.parametrize(("changes", "key"), BAD_CONFIGS)
-def test_what_prevents_the_start_is_one_line_and_exit_status_two(
+def test_a_bad_setting_is_named_in_one_line(
     bare_model_dir: Path, tmp_path: Path, changes: dict[str, Any], key: str
 ) -> None:
-    config = write_config(tmp_path / "router.json", bare_model_dir, **changes)
-    done = subprocess.run([*COMMAND, str(config)], capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert len(done.stderr.splitlines()) == 1
-    assert key in done.stderr
+    path = write_config(tmp_path / "router.json", **{"model_dir": str(bare_model_dir), **changes})
+    with pytest.raises(StartupError) as raised:
+        Router(load_config(path), CollectorRegistry())
+    assert key in raised.value.message
+    assert "\n" not in raised.value.message
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[]", b"{}", b" " * (1 << 21)])
+def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "router.json"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError) as raised:
+        load_config(path)
+    assert "\n" not in raised.value.message
 
 
 def test_a_taken_port_prevents_the_start(bare_model_dir: Path, tmp_path: Path, process: subprocess.Popen[str]) -> None:
@@ -95,14 +108,15 @@ def test_a_taken_port_prevents_the_start(bare_model_dir: Path, tmp_path: Path, p
     taken = json.loads(process.stdout.readline())
     for key, address in (("port", taken["address"]), ("metrics_port", taken["metrics_address"])):
         port = int(address.rpartition(":")[2])
-        config = write_config(tmp_path / f"{key}.json", bare_model_dir, router={key: port})
+        config = write_config(tmp_path / f"{key}.json", model_dir=str(bare_model_dir), router={key: port})
         done = subprocess.run([*COMMAND, str(config)], capture_output=True, text=True, timeout=60, check=False)
         assert done.returncode == 2
-        assert f"router.{key}" in done.stderr.splitlines()[-1]
+        assert done.stdout == ""
+        assert len(done.stderr.splitlines()) == 1
+        assert f"router.{key}" in done.stderr
 
 
 def test_the_configuration_is_frozen() -> None:
     config = RouterProcessConfig(controller_address="x", model_dir="y")
     with pytest.raises(ValueError, match="frozen"):
         config.model_dir = "z"  # type: ignore[misc]
-    assert os.path.isabs(config.model_dir) is False

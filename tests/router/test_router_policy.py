@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from router_fakes import LAYOUT, make_load
+
 from pdserve.proto.types import Role
 from pdserve.router.policy import POLICIES, Pending, WorkerView, least_loaded, round_robin
-from router_fakes import LAYOUT, make_load
 
 
 def view(worker_id: str, role: Role, pending: Pending = Pending(), **load: object) -> WorkerView:  # noqa: B008

@@ -7,11 +7,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+from router_tokenizer import CHAT_TEMPLATE, SPECIAL_TOKENS, train_tokenizer
+from transformers import PreTrainedTokenizerFast
+
 from pdserve.proto.errors import InvalidRequest, ModelError
 from pdserve.router.model import load_model
 from pdserve.router.tokenizer import ModelTokenizer, load_tokenizer
-from router_tokenizer import CHAT_TEMPLATE, SPECIAL_TOKENS, train_tokenizer
-from transformers import PreTrainedTokenizerFast
 
 CHATS = [
     [("user", "hello")],

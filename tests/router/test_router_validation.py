@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+
 from pdserve.proto import inference_pb2 as pb
 from pdserve.proto.errors import InvalidRequest, NotFound
 from pdserve.proto.types import SamplingParams
