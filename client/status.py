@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import grpc
 from google.protobuf.message import DecodeError, Message
+
 from pdserve.client.standard import MESSAGES
 from pdserve.proto.errors import (
     BY_NAME,

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any, Self, Unpack
 
 import grpc
+
 from pdserve.client.connection import (
     CHANNEL_OPTIONS,
     DEFAULT_TIMEOUT_S,

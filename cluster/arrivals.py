@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
+
 from pdserve.proto.errors import ConfigError
 
 Z90 = 1.2815515655446004

@@ -17,6 +17,9 @@ from typing import Annotated
 
 import numpy as np
 import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
 from pdserve.client import AsyncClient
 from pdserve.cluster import command_options as options
 from pdserve.cluster.arrivals import WORKLOADS, Arrival, Lengths, PromptMaker, Survey, Workload, survey, synthesize
@@ -26,8 +29,6 @@ from pdserve.cluster.state import resolve_endpoint
 from pdserve.cluster.trace import Trace, TraceOptions, parse_window
 from pdserve.proto.errors import ConfigError
 from pdserve.proto.types import SLO
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 DEFAULT_NUM_PROMPTS = 100
 

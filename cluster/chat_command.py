@@ -13,6 +13,7 @@ import sys
 from typing import Annotated
 
 import typer
+
 from pdserve.client import AsyncClient, GenerateOptions
 from pdserve.cluster import command_options as options
 from pdserve.cluster.errors_seam import error_line

@@ -15,6 +15,7 @@ from typing import ParamSpec, TypeVar
 
 import grpc
 import typer
+
 from pdserve.proto.errors import InvalidRequest, NotFound, Overloaded, PdserveError, StartupError
 
 P = ParamSpec("P")

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import IO, Annotated, Any, cast
 
 import typer
+
 from pdserve.client import AsyncClient, Client, Completion, GenerateOptions
 from pdserve.cluster import command_options as options
 from pdserve.cluster.errors_seam import error_object

@@ -12,9 +12,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
+from rich.table import Table
+
 from pdserve.cluster.load import LATE_S, LoadResult, RequestRecord
 from pdserve.proto.types import SLO
-from rich.table import Table
 
 
 @dataclass(frozen=True, slots=True)

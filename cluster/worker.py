@@ -51,6 +51,7 @@ logger = logging.getLogger(__name__)
 SWEEP_S = 0.2
 DEADLINE_GRACE_S = 1.0
 STOP_TIMEOUT_S = 5.0
+FIRST_TURN_TIMEOUT_S = 10.0
 MAX_REMEMBERED = 8192  # aborted ids: an accept that was overtaken by its abort must not start
 
 
@@ -69,6 +70,7 @@ class Worker:
         self._tasks: set[asyncio.Task[None]] = set()
         self._turn: Turn | None = None
         self._last_step_s = 0.0
+        self._turned = asyncio.Event()
 
     @classmethod
     def load(cls, spec: WorkerSpec) -> Worker:
@@ -100,6 +102,8 @@ class Worker:
         self.decode_role = self._mount_decode() if self._spec.role in (Role.DECODE, Role.MIXED) else None
         self._engine_loop.start()
         self._engine_loop.post(lambda engine: None)  # a first turn, so that there is a load to tell
+        async with asyncio.timeout(FIRST_TURN_TIMEOUT_S):
+            await self._turned.wait()
         self._spawn(self._sweep())
         self._spawn(watch_peers(self._spec.controller, self._peer_gone))
         return self.info
@@ -205,6 +209,7 @@ class Worker:
 
     def _on_turn(self, turn: Turn) -> None:
         self._turn = turn
+        self._turned.set()
         if turn.step is not None:
             self._last_step_s = turn.step.duration_s
         for step in turn.step.sequences if turn.step is not None else ():

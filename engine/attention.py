@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from transformers import AttentionInterface
+
 from pdserve.engine.batch import Batch, Chunk, Group
 from pdserve.engine.kv_cache import KVCache
-from transformers import AttentionInterface
 
 NAME = "pdserve_paged"
 # What may come along without a meaning for us; anything else that is not None changes the mathematics and is refused.

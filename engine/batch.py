@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+
 from pdserve.engine.kv_cache import KVCache
 from pdserve.engine.scheduler import ScheduledSequence, StepPlan
 

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pdserve.proto.errors import ModelError
 from safetensors import SafetensorError, safe_open
+
+from pdserve.proto.errors import ModelError
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 NUM_SAMPLES, SAMPLE_BYTES = 64, 4096

@@ -18,7 +18,7 @@ class EngineConfig(BaseModel):
     `dtype="auto"` is float32 on a CPU and the checkpoint's own on a GPU. Without `num_blocks` the pool takes
     `kv_cache_memory_bytes` on a CPU, and on a GPU what the weights leave of `gpu_memory_utilization` of the device.
     `max_model_len=None` is the model's own limit, or what the pool holds if that is less. `pack_weights` lets oneDNN
-    lay out the weights of linear layers anew where it can (float32 on a CPU): faster steps for a slower start.
+    keep the weights of linear layers in a second layout (float32 on a CPU): faster steps for twice the memory.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -8,6 +8,7 @@ Knows which bytes a block is, never who owns it (that is `BlockPool`). The memor
 from __future__ import annotations
 
 import torch
+
 from pdserve.proto.types import KVLayout
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -49,7 +49,7 @@ class Turn:
 class EngineLoop:
     """Owns the thread. `post` from anywhere; `on_turn` and `on_crash` are called in the engine thread."""
 
-    def __init__(self, engine: Engine, on_turn: Callable[[Turn], None], on_crash: Callable[[BaseException], None]):
+    def __init__(self, engine: Engine, on_turn: Callable[[Turn], None], on_crash: Callable[[Exception], None]):
         self._engine = engine
         self._on_turn = on_turn
         self._on_crash = on_crash
@@ -82,9 +82,8 @@ class EngineLoop:
                 self._wake.clear()
                 while not self._stopping and self._turn():
                     pass
-        except BaseException as error:
-            self._on_crash(error)
-            raise
+        except Exception as error:
+            self._on_crash(error)  # the owner logs it and ends the worker
 
     def _turn(self) -> bool:
         """One turn; whether another may achieve something without waiting for a command.

@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
 from pdserve.engine.attention import NAME
 from pdserve.engine.checkpoint import Checkpoint, model_hash, open_checkpoint
 from pdserve.engine.config import EngineConfig
@@ -22,8 +25,6 @@ from pdserve.engine.packed_linear import can_pack, pack_linears
 from pdserve.engine.probe import plain_logits, probe
 from pdserve.proto.errors import ConfigError, ModelError
 from pdserve.proto.types import DTYPE_BYTES, KVLayout
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,8 @@
 """Linear layers whose weights oneDNN has laid out for itself, once: for float32 on a CPU.
 
 The plain path leaves the layout to each call, which costs most where decode lives, at 4 to 16 rows (measured: a factor
-of two). Packed weights take the place of the plain ones; only a weight tied to the embedding stays as well.
-Touches two private operators of torch, here and nowhere else. Knows nothing of models beyond `nn.Linear`.
+of two). One or two rows are faster the plain way, as a matrix-vector product; so both layouts are kept, at
+twice the memory. Touches two private operators of torch, here and nowhere else. Knows no models beyond `nn.Linear`.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 # The number of rows that the layout is chosen for; others run on it just as well.
 PACKED_FOR_ROWS = 8
+MAX_PLAIN_ROWS = 2
 
 
 def can_pack() -> bool:
@@ -29,13 +31,13 @@ class PackedLinear(nn.Module):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.bias = linear.bias
+        self.weight, self.bias = linear.weight, linear.bias
         self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), PACKED_FOR_ROWS)
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """`[..., in_features]` to `[..., out_features]`."""
-        if rows.numel() == 0:  # a step in which nobody samples
-            return rows.new_empty(*rows.shape[:-1], self.out_features)
+        if rows.numel() <= MAX_PLAIN_ROWS * self.in_features:
+            return F.linear(rows, self.weight, self.bias)
         output: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, self._packed, self.bias, "none", [], "")
         return output
 

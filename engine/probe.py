@@ -11,6 +11,8 @@ from __future__ import annotations
 from itertools import pairwise
 
 import torch
+from transformers import PreTrainedModel
+
 from pdserve.engine.attention import NAME, UnsupportedAttention
 from pdserve.engine.kv_cache import KVCache
 from pdserve.engine.runner import Runner
@@ -18,7 +20,6 @@ from pdserve.engine.scheduler import ScheduledSequence, StepPlan
 from pdserve.engine.sequence import Sequence
 from pdserve.proto.errors import ModelError
 from pdserve.proto.types import HandoffId, KVLayout, SamplingParams, WorkerRequest
-from transformers import PreTrainedModel
 
 CUTS = (0, 5, 11, 12)
 # Of the largest logit. Half precision differs by rounding in every layer; a wrong result is off by its own size.

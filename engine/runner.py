@@ -6,11 +6,12 @@ The only place that calls the model. Knows nothing of sampling, of requests or o
 from __future__ import annotations
 
 import torch
+from transformers import PreTrainedModel
+
 from pdserve.engine.attention import Paged
 from pdserve.engine.batch import build_batch
 from pdserve.engine.kv_cache import KVCache
 from pdserve.engine.scheduler import StepPlan
-from transformers import PreTrainedModel
 
 
 class Runner:

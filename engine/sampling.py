@@ -16,6 +16,7 @@ from collections.abc import Sequence as Items
 from typing import NamedTuple
 
 import torch
+
 from pdserve.engine.philox import uniform
 from pdserve.engine.sequence import Sequence
 from pdserve.proto.errors import InternalError

@@ -13,9 +13,11 @@ import socket
 from collections.abc import Callable
 
 import grpc.aio
-from grpc_health.v1 import health as grpc_health  # type: ignore[import-untyped]
+from grpc_health.v1 import health as grpc_health
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]
+from grpc_reflection.v1alpha import reflection
+from prometheus_client import CollectorRegistry
+
 from pdserve.proto import inference_pb2
 from pdserve.proto import inference_pb2_grpc as rpc
 from pdserve.proto.errors import ConfigError, StartupError
@@ -31,7 +33,6 @@ from pdserve.router.pipeline import Pipeline
 from pdserve.router.policy import POLICIES
 from pdserve.router.server import InferenceServicer
 from pdserve.router.status import StatusInterceptor
-from prometheus_client import CollectorRegistry
 
 SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 GENERATE = f"/{SERVICE}/Generate"
@@ -115,7 +116,7 @@ class Router:
             options=options,
             maximum_concurrent_rpcs=config.max_inflight_requests + config.max_queued_requests + NUM_SPARE_CALLS,
         )
-        rpc.add_InferenceServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
+        rpc.add_InferenceServicer_to_server(servicer, server)
         health_pb2_grpc.add_HealthServicer_to_server(health, server)
         if config.reflection:
             names = (SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)

@@ -21,6 +21,7 @@ from typing import Protocol
 import grpc
 import grpc.aio
 from google.protobuf.message import Message
+
 from pdserve.proto import wire
 from pdserve.proto import worker_pb2 as pb
 from pdserve.proto import worker_pb2_grpc as rpc
@@ -97,7 +98,7 @@ class WorkerConnection:
         self._num_loads = 0
         self._closed = False
         self._channel = grpc.aio.insecure_channel(info.worker.address, options=CHANNEL_OPTIONS)
-        self._stub = rpc.WorkerStub(self._channel)  # type: ignore[no-untyped-call]
+        self._stub = rpc.WorkerStub(self._channel)
 
     @property
     def worker_id(self) -> str:

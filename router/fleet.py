@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Sequence
 
 import grpc
 import grpc.aio
+
 from pdserve.proto import wire
 from pdserve.proto import worker_pb2 as pb
 from pdserve.proto import worker_pb2_grpc as rpc
@@ -92,7 +93,7 @@ class Fleet:
 
     async def _watch(self) -> AsyncIterator[pb.Fleet]:
         async with grpc.aio.insecure_channel(self._controller_address, options=CHANNEL_OPTIONS) as channel:
-            stub = rpc.ControllerStub(channel)  # type: ignore[no-untyped-call]
+            stub = rpc.ControllerStub(channel)
             async for fleet in stub.Watch(pb.WatchRequest()):
                 yield fleet
 

@@ -19,11 +19,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import uvloop
+from prometheus_client import CollectorRegistry
+from pydantic import ValidationError
+
 from pdserve.proto.errors import ConfigError, StartupError
 from pdserve.router.app import Router
 from pdserve.router.config import RouterProcessConfig
-from prometheus_client import CollectorRegistry
-from pydantic import ValidationError
 
 MAX_CONFIG_BYTES = 1 << 20
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from pdserve.proto.types import SLO, FinishReason, Phases, RequestTiming, Role
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from pdserve.proto.types import SLO, FinishReason, Phases, RequestTiming, Role
 
 TTFT_BUCKETS_S = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640),

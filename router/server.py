@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
+
 from pdserve.proto import inference_pb2 as pb
 from pdserve.proto import inference_pb2_grpc as rpc
 from pdserve.proto.errors import DeadlineExceeded, InvalidRequest, Overloaded, RequestCancelled

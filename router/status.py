@@ -19,7 +19,8 @@ import grpc.aio
 from google.protobuf import any_pb2, duration_pb2
 from google.protobuf.message import DecodeError
 from google.rpc import code_pb2, error_details_pb2, status_pb2  # type: ignore[import-untyped]
-from grpc_status import rpc_status  # type: ignore[import-untyped]
+from grpc_status import rpc_status
+
 from pdserve.proto.errors import InternalError, InvalidRequest, Overloaded, PdserveError
 
 LOG = logging.getLogger("pdserve.router")

@@ -23,8 +23,9 @@ from pathlib import Path
 import jinja2
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from pdserve.proto.errors import InvalidRequest, ModelError
 from tokenizers import Tokenizer
+
+from pdserve.proto.errors import InvalidRequest, ModelError
 
 MAX_FILE_BYTES = 256 << 20
 

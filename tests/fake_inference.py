@@ -1,19 +1,22 @@
 """A scriptable Inference server in a thread of its own, for tests of what talks to the router.
 
-`Generate` answers with whatever the script yields: messages, raw bytes, or an abort. Everything it saw is kept. Knows
-nothing of the real router beyond the messages.
+`Generate` answers with whatever the script yields: messages, raw bytes, or an abort. Everything it saw is kept. Scripts
+are coroutines on a loop of their own, but the server is the thread-based one: two event loops with grpc.aio in
+one process can lose each other's wake-ups. Knows nothing of the real router beyond the messages.
 """
 
 from __future__ import annotations
 
 import asyncio
+import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import grpc
+
 from pdserve.proto import inference_pb2 as pb
 
 Script: TypeAlias = Callable[[pb.GenerateRequest, Any], AsyncIterator[pb.GenerateResponse | bytes]]
@@ -91,8 +94,25 @@ def stalls(*before: pb.GenerateResponse) -> Script:
     return script
 
 
+class Aborted(Exception):
+    """A script's wish to end with a status other than OK."""
+
+    def __init__(self, code: grpc.StatusCode, message: str, trailing: tuple[tuple[str, Any], ...]) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.trailing = trailing
+
+
+class ScriptContext:
+    """What a script may ask of its call."""
+
+    async def abort(self, code: grpc.StatusCode, message: str = "", trailing: tuple[tuple[str, Any], ...] = ()) -> None:
+        raise Aborted(code, message, trailing)
+
+
 class FakeInference:
-    """State that tests read. `stalled` and `cancelled` are set from the server's thread."""
+    """State that tests read. `cancelled` is set when a script was still running as its client went away."""
 
     def __init__(self) -> None:
         self.script: Script = count_up
@@ -103,40 +123,58 @@ class FakeInference:
         self.max_running = 0
         self.unary_abort: tuple[grpc.StatusCode, str] | None = None
         self.endpoint = ""
+        self.loop = asyncio.new_event_loop()
 
-    async def generate(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateResponse | bytes]:
-        self.requests.append(request)
+    def generate(self, request: pb.GenerateRequest, context: Any) -> Iterator[pb.GenerateResponse | bytes]:
+        """Hand over what the script yields, from its loop to this thread of the server."""
         self.deadlines_s.append(context.time_remaining())
+        events: queue.Queue[pb.GenerateResponse | bytes | BaseException | None] = queue.Queue()
+        running_script = asyncio.run_coroutine_threadsafe(self._run_script(request, events), self.loop)
+        running_script.add_done_callback(lambda _: events.put(None))
+        if not context.add_callback(running_script.cancel):
+            running_script.cancel()  # the client has already gone
+        while (event := events.get()) is not None:
+            if isinstance(event, Aborted):
+                context.set_trailing_metadata(event.trailing)
+                context.abort(event.code, event.message)
+            if isinstance(event, BaseException):
+                raise event
+            yield event
+
+    async def _run_script(self, request: pb.GenerateRequest, events: queue.Queue[Any]) -> None:
+        self.requests.append(request)
         self.num_running += 1
         self.max_running = max(self.max_running, self.num_running)
         try:
-            async for response in self.script(request, context):
-                yield response
+            async for response in self.script(request, ScriptContext()):
+                events.put(response)
         except asyncio.CancelledError:
             self.cancelled.set()
             raise
+        except Exception as error:
+            events.put(error)
         finally:
             self.num_running -= 1
 
-    async def tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:
-        await self._maybe_abort(context)
+    def tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:
+        self._maybe_abort(context)
         text = request.prompt or "".join(f"<{m.role}>{m.content}" for m in request.chat.messages)
         return pb.TokenizeResponse(token_ids=[ord(character) for character in text])
 
-    async def detokenize(self, request: pb.DetokenizeRequest, context: Any) -> pb.DetokenizeResponse:
-        await self._maybe_abort(context)
+    def detokenize(self, request: pb.DetokenizeRequest, context: Any) -> pb.DetokenizeResponse:
+        self._maybe_abort(context)
         return pb.DetokenizeResponse(text="".join(chr(token_id) for token_id in request.token_ids))
 
-    async def model_info(self, request: pb.GetModelInfoRequest, context: Any) -> pb.GetModelInfoResponse:
-        await self._maybe_abort(context)
+    def model_info(self, request: pb.GetModelInfoRequest, context: Any) -> pb.GetModelInfoResponse:
+        self._maybe_abort(context)
         return MODEL_INFO
 
-    async def health(self, request: bytes, context: Any) -> bytes:
+    def health(self, request: bytes, context: Any) -> bytes:
         return b"\x08\x01"  # HealthCheckResponse(status=SERVING)
 
-    async def _maybe_abort(self, context: Any) -> None:
+    def _maybe_abort(self, context: Any) -> None:
         if self.unary_abort is not None:
-            await context.abort(*self.unary_abort)
+            context.abort(*self.unary_abort)
 
 
 def _serialize(message: Any) -> bytes:
@@ -160,25 +198,17 @@ def _handlers(fake: FakeInference) -> tuple[grpc.GenericRpcHandler, ...]:
 @contextmanager
 def running(fake: FakeInference) -> Iterator[FakeInference]:
     """Serve it on a free port of this machine until the block is left."""
-    started: Future[tuple[int, asyncio.AbstractEventLoop, asyncio.Event]] = Future()
-
-    async def serve() -> None:
-        server = grpc.aio.server()
-        server.add_generic_rpc_handlers(_handlers(fake))
-        port = server.add_insecure_port("127.0.0.1:0")
-        await server.start()
-        stop = asyncio.Event()
-        started.set_result((port, asyncio.get_running_loop(), stop))
-        await stop.wait()
-        await server.stop(None)
-
-    thread = threading.Thread(target=lambda: asyncio.run(serve()), name="fake-inference")
-    thread.start()
-    port, loop, stop = started.result(timeout=10)
-    fake.endpoint = f"127.0.0.1:{port}"
-    try:
-        yield fake
-    finally:
-        loop.call_soon_threadsafe(stop.set)
-        thread.join(timeout=10)
-        assert not thread.is_alive()
+    scripts = threading.Thread(target=fake.loop.run_forever, name="fake-inference")
+    scripts.start()
+    with ThreadPoolExecutor(64, thread_name_prefix="fake-inference") as pool:
+        server = grpc.server(pool, handlers=_handlers(fake))
+        fake.endpoint = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+        server.start()
+        try:
+            yield fake
+        finally:
+            server.stop(None).wait(timeout=10)
+    fake.loop.call_soon_threadsafe(fake.loop.stop)
+    scripts.join(timeout=10)
+    assert not scripts.is_alive()
+    fake.loop.close()

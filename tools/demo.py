@@ -40,7 +40,7 @@ def main() -> int:
             for prompt in PROMPTS:
                 show(client, prompt)
         print("A load for 10 seconds: random arrivals, latency counted from the moment each was due.", flush=True)
-        load = ["bench", "--endpoint", endpoint, "--workload", "short", "--rate", "4", "--duration-s", "10"]
+        load = ["bench", "--endpoint", endpoint, "--workload", "short", "--request-rate", "4", "--num-prompts", "40"]
         subprocess.run([*PDSERVE, *load], check=True)
     finally:
         if not keep and running is None:

@@ -11,6 +11,7 @@ import threading
 import grpc
 import pytest
 from fake_inference import FakeInference, aborts, delta, finished, replies, stalls
+
 from pdserve.client import AsyncClient, Client, Completion, Health
 from pdserve.proto import errors
 

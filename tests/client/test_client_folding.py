@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from fake_inference import delta, finished
+
 from pdserve.client.folding import CompletionFold
 from pdserve.client.results import Completion
 from pdserve.proto import inference_pb2 as pb

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+
 from pdserve.client.request import GenerateOptions, checked_timeout, generate_request, tokenize_request
 from pdserve.proto.errors import InvalidRequest
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import grpc
 import pytest
 from google.rpc import error_details_pb2, status_pb2
+
 from pdserve.client.status import error_from_status
 from pdserve.proto import errors
 

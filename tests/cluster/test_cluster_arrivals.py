@@ -6,6 +6,7 @@ from itertools import islice, pairwise
 
 import numpy as np
 import pytest
+
 from pdserve.cluster.arrivals import (
     WORKLOADS,
     Arrival,

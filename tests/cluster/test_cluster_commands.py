@@ -16,6 +16,8 @@ import grpc
 import pytest
 import typer
 from fake_inference import FakeInference, aborts, count_up, delta, finished, replies, running, stalls
+from typer.testing import CliRunner, Result
+
 from pdserve.client import AsyncClient
 from pdserve.cluster import chat_command
 from pdserve.cluster.bench_command import bench
@@ -24,7 +26,6 @@ from pdserve.cluster.errors_seam import error_line, one_line_errors
 from pdserve.cluster.generate_command import MAX_LINE_BYTES, generate
 from pdserve.proto import inference_pb2 as pb
 from pdserve.proto.errors import ConfigError, InternalError, InvalidRequest, ModelError, NotFound, Overloaded
-from typer.testing import CliRunner, Result
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import grpc
 import numpy as np
 import pytest
 from fake_inference import FakeInference, aborts, delta, running
+
 from pdserve.client import AsyncClient, Timings
 from pdserve.cluster.arrivals import Arrival, PromptMaker
 from pdserve.cluster.load import ClientExchange, LoadGenerator, LoadResult, RequestRecord

@@ -7,6 +7,7 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
+
 from pdserve.cluster.arrivals import Arrival
 from pdserve.cluster.trace import MAX_LINE_BYTES, Trace, TraceOptions, parse_window
 from pdserve.proto.errors import ConfigError

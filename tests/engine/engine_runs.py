@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from families import Tally, random_prompt, reference_generate
+
 from pdserve.engine.config import EngineConfig
 from pdserve.engine.engine import Engine, StepResult, build_engine
 from pdserve.engine.sequence import Sequence

@@ -11,9 +11,6 @@ from typing import Any
 import pytest
 import torch
 from engine_runs import FamilyDir
-from pdserve.engine.config import EngineConfig
-from pdserve.engine.model import load_model
-from pdserve.proto.errors import ModelError
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -25,6 +22,10 @@ from transformers import (
     MixtralForCausalLM,
     PreTrainedModel,
 )
+
+from pdserve.engine.config import EngineConfig
+from pdserve.engine.model import load_model
+from pdserve.proto.errors import ModelError
 
 CONFIG = EngineConfig(device="cpu")
 

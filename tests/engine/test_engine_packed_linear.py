@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from engine_runs import FamilyDir, tiny_engine
-from pdserve.engine.packed_linear import PackedLinear, can_pack, pack_linears
 from torch import nn
+
+from pdserve.engine.packed_linear import PackedLinear, can_pack, pack_linears
 
 needs_packing = pytest.mark.skipif(not can_pack(), reason="this torch cannot pack weights")
 

@@ -17,6 +17,7 @@ from engine_runs import (
     tiny_engine,
 )
 from families import FAMILIES, awkward_lengths, random_prompt
+
 from pdserve.engine.block_pool import BlockState
 from pdserve.engine.engine import Engine
 from pdserve.engine.sequence import Sequence

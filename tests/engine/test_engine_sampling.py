@@ -10,11 +10,6 @@ from typing import Any
 import pytest
 import torch
 from engine_runs import request
-from pdserve.engine.philox import philox4x32, uniform
-from pdserve.engine.sampling import sample
-from pdserve.engine.sequence import Sequence
-from pdserve.proto.errors import InternalError
-from pdserve.proto.types import TokenInfo
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -23,6 +18,12 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+
+from pdserve.engine.philox import philox4x32, uniform
+from pdserve.engine.sampling import sample
+from pdserve.engine.sequence import Sequence
+from pdserve.proto.errors import InternalError
+from pdserve.proto.types import TokenInfo
 
 VOCAB = 40
 

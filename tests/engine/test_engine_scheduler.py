@@ -6,6 +6,7 @@ import pytest
 from engine_runs import request
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from pdserve.engine.block_pool import BlockPool, BlockState
 from pdserve.engine.scheduler import Limit, Scheduler, SequenceStep, StepPlan
 from pdserve.engine.sequence import Sequence

@@ -8,6 +8,7 @@ import pytest
 import torch
 from engine_runs import BLOCK_SIZE, Clock, FamilyDir, check_parity, greedy_sequences, output, request, run, tiny_engine
 from families import random_prompt, reference_generate
+
 from pdserve.engine.block_pool import BlockState
 from pdserve.engine.config import EngineConfig
 from pdserve.engine.engine import build_engine

@@ -79,7 +79,7 @@ class FakeWorker(wrpc.WorkerServicer):
 
     async def start(self) -> None:
         self._server = grpc.aio.server()
-        wrpc.add_WorkerServicer_to_server(self, self._server)  # type: ignore[no-untyped-call]
+        wrpc.add_WorkerServicer_to_server(self, self._server)
         port = self._server.add_insecure_port("127.0.0.1:0")
         await self._server.start()
         ref = WorkerRef(self.worker_id, self.load.generation, f"127.0.0.1:{port}")
@@ -162,7 +162,7 @@ class FakeController(wrpc.ControllerServicer):
 
     async def start(self, address: str = "127.0.0.1:0") -> None:
         self._server = grpc.aio.server()
-        wrpc.add_ControllerServicer_to_server(self, self._server)  # type: ignore[no-untyped-call]
+        wrpc.add_ControllerServicer_to_server(self, self._server)
         port = self._server.add_insecure_port(address)
         await self._server.start()
         self.address = f"127.0.0.1:{port}"
@@ -210,7 +210,7 @@ class Scene:
     stub: Any = field(init=False)
 
     def __post_init__(self) -> None:
-        self.stub = rpc.InferenceStub(self.channel)  # type: ignore[no-untyped-call]
+        self.stub = rpc.InferenceStub(self.channel)
 
     def worker(self, worker_id: str) -> FakeWorker:
         return next(worker for worker in self.workers if worker.worker_id == worker_id)

@@ -119,4 +119,4 @@ def test_a_taken_port_prevents_the_start(bare_model_dir: Path, tmp_path: Path, p
 def test_the_configuration_is_frozen() -> None:
     config = RouterProcessConfig(controller_address="x", model_dir="y")
     with pytest.raises(ValueError, match="frozen"):
-        config.model_dir = "z"  # type: ignore[misc]
+        config.model_dir = "z"

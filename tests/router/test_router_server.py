@@ -10,7 +10,7 @@ from typing import Any
 
 import grpc
 import pytest
-from google.rpc import error_details_pb2
+from google.rpc import error_details_pb2  # type: ignore[import-untyped]
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
@@ -57,12 +57,14 @@ def details_of(error: grpc.aio.AioRpcError, kind: Any) -> Any:
 
 def text_ids(scene: Scene, text: str) -> list[int]:
     assert scene.router.model.tokenizer is not None
-    return scene.router.model.tokenizer.encode(text)[1:]
+    ids: list[int] = scene.router.model.tokenizer.encode(text)
+    return ids[1:]
 
 
-def raw(scene: Scene, path: str, data: bytes) -> grpc.aio.UnaryStreamCall:
+def raw(scene: Scene, path: str, data: bytes) -> Any:
     """A call whose request is these bytes."""
-    return scene.channel.unary_stream(path)(data, timeout=10)
+    method: Any = scene.channel.unary_stream(path)
+    return method(data, timeout=10)
 
 
 # Field 3 of GenerateRequest is the prompt, field 1 the request id, field 4 the token ids.
@@ -297,7 +299,7 @@ async def test_reflection_is_there_only_when_asked_for(model_dir: Path, enabled:
         if enabled:
             names = [service.name for service in (await call.read()).list_services_response.service]
             assert "pdserve.v1.Inference" in names
-            bad = scene.channel.stream_stream("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo")
+            bad: Any = scene.channel.stream_stream("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo")
             assert (await error_of(bad(iter([b"\xff\xff"])))).code() is Code.INVALID_ARGUMENT
         else:
             assert (await error_of(call)).code() is Code.UNIMPLEMENTED

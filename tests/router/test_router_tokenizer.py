@@ -30,7 +30,8 @@ def tokenizer(model_dir: Path) -> ModelTokenizer:
 
 @pytest.fixture(scope="module")
 def reference(model_dir: Path) -> PreTrainedTokenizerFast:
-    return PreTrainedTokenizerFast.from_pretrained(model_dir)
+    loaded: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(model_dir)
+    return loaded
 
 
 @pytest.mark.parametrize("text", ["hello", "", " the quick  brown", "héllo 世界 😀", "\n\n\t"])

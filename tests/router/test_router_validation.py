@@ -152,7 +152,8 @@ def test_without_a_tokenizer_text_is_refused_and_ids_are_not() -> None:
     bare = ModelLimits("model", 400, 1000, (1,), has_tokenizer=False)
     check(request(), bare)
     chat = pb.ChatMessages(messages=[pb.ChatMessage(role="user", content="x")])
-    for fields, field in (({"prompt": "x"}, "prompt"), ({"chat": chat}, "chat")):
+    refused: list[tuple[dict[str, Any], str]] = [({"prompt": "x"}, "prompt"), ({"chat": chat}, "chat")]
+    for fields, field in refused:
         with pytest.raises(InvalidRequest) as raised:
             check(request(**{"token_ids": None, **fields}), bare)
         assert raised.value.field == field
