@@ -59,7 +59,11 @@ def main() -> None:
         print(json.dumps(measure_engine(arguments.direct)))
         return
     for row in rows(arguments.rounds):
-        print(json.dumps(row) if arguments.json else f"{row['name']:>22} {row['value']:>10} {row['unit']:<9} {row['note']}")
+        print(
+            json.dumps(row)
+            if arguments.json
+            else f"{row['name']:>22} {row['value']:>10} {row['unit']:<9} {row['note']}"
+        )
 
 
 def rows(rounds: int) -> Iterator[dict[str, object]]:
@@ -81,9 +85,7 @@ def rows(rounds: int) -> Iterator[dict[str, object]]:
     yield row("stream_tokens_per_s", rate, "tokens/s", None, None, "demo model, 32 streams of 128 tokens, 1P1D")
 
 
-def row(
-    name: str, value: float, unit: str, target: float | None, ok: bool | None, note: str
-) -> dict[str, object]:
+def row(name: str, value: float, unit: str, target: float | None, ok: bool | None, note: str) -> dict[str, object]:
     return {"name": name, "value": round(value, 3), "unit": unit, "target": target, "ok": ok, "note": note}
 
 
@@ -154,7 +156,9 @@ async def measure_throughput(endpoint: str) -> float:
         generator = random.Random(3)
         work = [[generator.randrange(10, 4000) for _ in range(32)] for _ in range(32)]
         started_s = time.perf_counter()
-        await asyncio.gather(*(client.generate(prompt, max_tokens=128, temperature=0.0, ignore_eos=True) for prompt in work))
+        await asyncio.gather(
+            *(client.generate(prompt, max_tokens=128, temperature=0.0, ignore_eos=True) for prompt in work)
+        )
         return 32 * 128 / (time.perf_counter() - started_s)
 
 

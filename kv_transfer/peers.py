@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import grpc
+
 from pdserve.proto import wire
 from pdserve.proto import worker_pb2 as pb
 from pdserve.proto import worker_pb2_grpc as pb_grpc

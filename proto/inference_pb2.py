@@ -4,76 +4,79 @@
 # source: pdserve/proto/inference.proto
 # Protobuf Python Version: 6.33.5
 """Generated protocol buffer code."""
-
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import descriptor_pool as _descriptor_pool
 from google.protobuf import runtime_version as _runtime_version
 from google.protobuf import symbol_database as _symbol_database
 from google.protobuf.internal import builder as _builder
-
 _runtime_version.ValidateProtobufRuntimeVersion(
-    _runtime_version.Domain.PUBLIC, 6, 33, 5, "", "pdserve/proto/inference.proto"
+    _runtime_version.Domain.PUBLIC,
+    6,
+    33,
+    5,
+    '',
+    'pdserve/proto/inference.proto'
 )
 # @@protoc_insertion_point(imports)
 
 _sym_db = _symbol_database.Default()
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(
-    b'\n\x1dpdserve/proto/inference.proto\x12\npdserve.v1"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x03",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t"9\n\x0c\x43hatMessages\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.pdserve.v1.ChatMessage"\xc5\x03\n\x0fSamplingOptions\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\x03H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x03H\x07\x88\x01\x01\x12>\n\nlogit_bias\x18\t \x03(\x0b\x32*.pdserve.v1.SamplingOptions.LogitBiasEntry\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\x03\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seed"\xf7\x01\n\x0fStoppingOptions\x12\x17\n\nmax_tokens\x18\x01 \x01(\x03H\x00\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x02 \x01(\x03H\x01\x88\x01\x01\x12\x0c\n\x04stop\x18\x03 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x04 \x03(\x03\x12\x17\n\nignore_eos\x18\x05 \x01(\x08H\x02\x88\x01\x01\x12\'\n\x1ainclude_stop_str_in_output\x18\x06 \x01(\x08H\x03\x88\x01\x01\x42\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\r\n\x0b_ignore_eosB\x1d\n\x1b_include_stop_str_in_output"5\n\x0fResponseOptions\x12\x15\n\x08logprobs\x18\x01 \x01(\x03H\x00\x88\x01\x01\x42\x0b\n\t_logprobs"\xb1\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x10\n\x06prompt\x18\x03 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x14.pdserve.v1.TokenIdsH\x00\x12(\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x18.pdserve.v1.ChatMessagesH\x00\x12-\n\x08sampling\x18\x06 \x01(\x0b\x32\x1b.pdserve.v1.SamplingOptions\x12-\n\x08stopping\x18\x07 \x01(\x0b\x32\x1b.pdserve.v1.StoppingOptions\x12-\n\x08response\x18\x08 \x01(\x0b\x32\x1b.pdserve.v1.ResponseOptionsB\x07\n\x05input"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02"d\n\tTokenInfo\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x14\n\x07logprob\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12#\n\x03top\x18\x03 \x03(\x0b\x32\x16.pdserve.v1.TopLogprobB\n\n\x08_logprob"Q\n\x0bTokenOutput\x12\r\n\x05index\x18\x01 \x01(\r\x12%\n\x06tokens\x18\x02 \x03(\x0b\x32\x15.pdserve.v1.TokenInfo\x12\x0c\n\x04text\x18\x03 \x01(\t"\x86\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x14\n\x0ctotal_tokens\x18\x03 \x01(\r\x12\x1a\n\x12transferred_tokens\x18\x04 \x01(\r\x12\x19\n\x11recomputed_tokens\x18\x05 \x01(\r"\xba\x01\n\x0eRequestTimings\x12\x18\n\x10prefill_queue_ms\x18\x01 \x01(\x01\x12\x12\n\nprefill_ms\x18\x02 \x01(\x01\x12\x18\n\x10transfer_wait_ms\x18\x03 \x01(\x01\x12\x13\n\x0btransfer_ms\x18\x04 \x01(\x01\x12\x17\n\x0f\x64\x65\x63ode_queue_ms\x18\x05 \x01(\x01\x12\x11\n\tdecode_ms\x18\x06 \x01(\x01\x12\x0f\n\x07ttft_ms\x18\x07 \x01(\x01\x12\x0e\n\x06\x65\x32\x65_ms\x18\x08 \x01(\x01"\xee\x01\n\x08\x46inished\x12(\n\x06reason\x18\x01 \x01(\x0e\x32\x18.pdserve.v1.FinishReason\x12\x13\n\tstop_text\x18\x02 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x03 \x01(\rH\x00\x12 \n\x05usage\x18\x04 \x01(\x0b\x32\x11.pdserve.v1.Usage\x12+\n\x07timings\x18\x05 \x01(\x0b\x32\x1a.pdserve.v1.RequestTimings\x12\x16\n\x0eprefill_worker\x18\x06 \x01(\t\x12\x15\n\rdecode_worker\x18\x07 \x01(\tB\x0c\n\nstop_match"\x84\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12)\n\x06output\x18\x02 \x01(\x0b\x32\x17.pdserve.v1.TokenOutputH\x00\x12(\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x14.pdserve.v1.FinishedH\x00\x42\x07\n\x05\x65vent"V\n\x0fTokenizeRequest\x12\x10\n\x06prompt\x18\x01 \x01(\tH\x00\x12(\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x18.pdserve.v1.ChatMessagesH\x00\x42\x07\n\x05input"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r"&\n\x11\x44\x65tokenizeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\x03""\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t"\x15\n\x13GetModelInfoRequest"\x83\x02\n\x14GetModelInfoResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x15\n\rmax_model_len\x18\x04 \x01(\r\x12\x15\n\rhas_tokenizer\x18\x05 \x01(\x08\x12\x19\n\x11has_chat_template\x18\x06 \x01(\x08\x12\x15\n\reos_token_ids\x18\x07 \x03(\r\x12\x1b\n\x13num_prefill_workers\x18\x08 \x01(\r\x12\x1a\n\x12num_decode_workers\x18\t \x01(\r\x12\x19\n\x11num_mixed_workers\x18\n \x01(\r*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xbb\x02\n\tInference\x12G\n\x08Generate\x12\x1b.pdserve.v1.GenerateRequest\x1a\x1c.pdserve.v1.GenerateResponse0\x01\x12\x45\n\x08Tokenize\x12\x1b.pdserve.v1.TokenizeRequest\x1a\x1c.pdserve.v1.TokenizeResponse\x12K\n\nDetokenize\x12\x1d.pdserve.v1.DetokenizeRequest\x1a\x1e.pdserve.v1.DetokenizeResponse\x12Q\n\x0cGetModelInfo\x12\x1f.pdserve.v1.GetModelInfoRequest\x1a .pdserve.v1.GetModelInfoResponseb\x06proto3'
-)
+
+
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dpdserve/proto/inference.proto\x12\npdserve.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x03\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"9\n\x0c\x43hatMessages\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.pdserve.v1.ChatMessage\"\xc5\x03\n\x0fSamplingOptions\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\x03H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x03H\x07\x88\x01\x01\x12>\n\nlogit_bias\x18\t \x03(\x0b\x32*.pdserve.v1.SamplingOptions.LogitBiasEntry\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\x03\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seed\"\xf7\x01\n\x0fStoppingOptions\x12\x17\n\nmax_tokens\x18\x01 \x01(\x03H\x00\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x02 \x01(\x03H\x01\x88\x01\x01\x12\x0c\n\x04stop\x18\x03 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x04 \x03(\x03\x12\x17\n\nignore_eos\x18\x05 \x01(\x08H\x02\x88\x01\x01\x12\'\n\x1ainclude_stop_str_in_output\x18\x06 \x01(\x08H\x03\x88\x01\x01\x42\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\r\n\x0b_ignore_eosB\x1d\n\x1b_include_stop_str_in_output\"5\n\x0fResponseOptions\x12\x15\n\x08logprobs\x18\x01 \x01(\x03H\x00\x88\x01\x01\x42\x0b\n\t_logprobs\"\xb1\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x10\n\x06prompt\x18\x03 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x14.pdserve.v1.TokenIdsH\x00\x12(\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x18.pdserve.v1.ChatMessagesH\x00\x12-\n\x08sampling\x18\x06 \x01(\x0b\x32\x1b.pdserve.v1.SamplingOptions\x12-\n\x08stopping\x18\x07 \x01(\x0b\x32\x1b.pdserve.v1.StoppingOptions\x12-\n\x08response\x18\x08 \x01(\x0b\x32\x1b.pdserve.v1.ResponseOptionsB\x07\n\x05input\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"d\n\tTokenInfo\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x14\n\x07logprob\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12#\n\x03top\x18\x03 \x03(\x0b\x32\x16.pdserve.v1.TopLogprobB\n\n\x08_logprob\"Q\n\x0bTokenOutput\x12\r\n\x05index\x18\x01 \x01(\r\x12%\n\x06tokens\x18\x02 \x03(\x0b\x32\x15.pdserve.v1.TokenInfo\x12\x0c\n\x04text\x18\x03 \x01(\t\"\x86\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x14\n\x0ctotal_tokens\x18\x03 \x01(\r\x12\x1a\n\x12transferred_tokens\x18\x04 \x01(\r\x12\x19\n\x11recomputed_tokens\x18\x05 \x01(\r\"\xba\x01\n\x0eRequestTimings\x12\x18\n\x10prefill_queue_ms\x18\x01 \x01(\x01\x12\x12\n\nprefill_ms\x18\x02 \x01(\x01\x12\x18\n\x10transfer_wait_ms\x18\x03 \x01(\x01\x12\x13\n\x0btransfer_ms\x18\x04 \x01(\x01\x12\x17\n\x0f\x64\x65\x63ode_queue_ms\x18\x05 \x01(\x01\x12\x11\n\tdecode_ms\x18\x06 \x01(\x01\x12\x0f\n\x07ttft_ms\x18\x07 \x01(\x01\x12\x0e\n\x06\x65\x32\x65_ms\x18\x08 \x01(\x01\"\xee\x01\n\x08\x46inished\x12(\n\x06reason\x18\x01 \x01(\x0e\x32\x18.pdserve.v1.FinishReason\x12\x13\n\tstop_text\x18\x02 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x03 \x01(\rH\x00\x12 \n\x05usage\x18\x04 \x01(\x0b\x32\x11.pdserve.v1.Usage\x12+\n\x07timings\x18\x05 \x01(\x0b\x32\x1a.pdserve.v1.RequestTimings\x12\x16\n\x0eprefill_worker\x18\x06 \x01(\t\x12\x15\n\rdecode_worker\x18\x07 \x01(\tB\x0c\n\nstop_match\"\x84\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12)\n\x06output\x18\x02 \x01(\x0b\x32\x17.pdserve.v1.TokenOutputH\x00\x12(\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x14.pdserve.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"V\n\x0fTokenizeRequest\x12\x10\n\x06prompt\x18\x01 \x01(\tH\x00\x12(\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x18.pdserve.v1.ChatMessagesH\x00\x42\x07\n\x05input\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"&\n\x11\x44\x65tokenizeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\x03\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x15\n\x13GetModelInfoRequest\"\x83\x02\n\x14GetModelInfoResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x15\n\rmax_model_len\x18\x04 \x01(\r\x12\x15\n\rhas_tokenizer\x18\x05 \x01(\x08\x12\x19\n\x11has_chat_template\x18\x06 \x01(\x08\x12\x15\n\reos_token_ids\x18\x07 \x03(\r\x12\x1b\n\x13num_prefill_workers\x18\x08 \x01(\r\x12\x1a\n\x12num_decode_workers\x18\t \x01(\r\x12\x19\n\x11num_mixed_workers\x18\n \x01(\r*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xbb\x02\n\tInference\x12G\n\x08Generate\x12\x1b.pdserve.v1.GenerateRequest\x1a\x1c.pdserve.v1.GenerateResponse0\x01\x12\x45\n\x08Tokenize\x12\x1b.pdserve.v1.TokenizeRequest\x1a\x1c.pdserve.v1.TokenizeResponse\x12K\n\nDetokenize\x12\x1d.pdserve.v1.DetokenizeRequest\x1a\x1e.pdserve.v1.DetokenizeResponse\x12Q\n\x0cGetModelInfo\x12\x1f.pdserve.v1.GetModelInfoRequest\x1a .pdserve.v1.GetModelInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
-_builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, "pdserve.proto.inference_pb2", _globals)
+_builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'pdserve.proto.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
-    DESCRIPTOR._loaded_options = None
-    _globals["_SAMPLINGOPTIONS_LOGITBIASENTRY"]._loaded_options = None
-    _globals["_SAMPLINGOPTIONS_LOGITBIASENTRY"]._serialized_options = b"8\001"
-    _globals["_FINISHREASON"]._serialized_start = 2668
-    _globals["_FINISHREASON"]._serialized_end = 2763
-    _globals["_TOKENIDS"]._serialized_start = 45
-    _globals["_TOKENIDS"]._serialized_end = 68
-    _globals["_CHATMESSAGE"]._serialized_start = 70
-    _globals["_CHATMESSAGE"]._serialized_end = 114
-    _globals["_CHATMESSAGES"]._serialized_start = 116
-    _globals["_CHATMESSAGES"]._serialized_end = 173
-    _globals["_SAMPLINGOPTIONS"]._serialized_start = 176
-    _globals["_SAMPLINGOPTIONS"]._serialized_end = 629
-    _globals["_SAMPLINGOPTIONS_LOGITBIASENTRY"]._serialized_start = 460
-    _globals["_SAMPLINGOPTIONS_LOGITBIASENTRY"]._serialized_end = 508
-    _globals["_STOPPINGOPTIONS"]._serialized_start = 632
-    _globals["_STOPPINGOPTIONS"]._serialized_end = 879
-    _globals["_RESPONSEOPTIONS"]._serialized_start = 881
-    _globals["_RESPONSEOPTIONS"]._serialized_end = 934
-    _globals["_GENERATEREQUEST"]._serialized_start = 937
-    _globals["_GENERATEREQUEST"]._serialized_end = 1242
-    _globals["_TOPLOGPROB"]._serialized_start = 1244
-    _globals["_TOPLOGPROB"]._serialized_end = 1291
-    _globals["_TOKENINFO"]._serialized_start = 1293
-    _globals["_TOKENINFO"]._serialized_end = 1393
-    _globals["_TOKENOUTPUT"]._serialized_start = 1395
-    _globals["_TOKENOUTPUT"]._serialized_end = 1476
-    _globals["_USAGE"]._serialized_start = 1479
-    _globals["_USAGE"]._serialized_end = 1613
-    _globals["_REQUESTTIMINGS"]._serialized_start = 1616
-    _globals["_REQUESTTIMINGS"]._serialized_end = 1802
-    _globals["_FINISHED"]._serialized_start = 1805
-    _globals["_FINISHED"]._serialized_end = 2043
-    _globals["_GENERATERESPONSE"]._serialized_start = 2046
-    _globals["_GENERATERESPONSE"]._serialized_end = 2178
-    _globals["_TOKENIZEREQUEST"]._serialized_start = 2180
-    _globals["_TOKENIZEREQUEST"]._serialized_end = 2266
-    _globals["_TOKENIZERESPONSE"]._serialized_start = 2268
-    _globals["_TOKENIZERESPONSE"]._serialized_end = 2305
-    _globals["_DETOKENIZEREQUEST"]._serialized_start = 2307
-    _globals["_DETOKENIZEREQUEST"]._serialized_end = 2345
-    _globals["_DETOKENIZERESPONSE"]._serialized_start = 2347
-    _globals["_DETOKENIZERESPONSE"]._serialized_end = 2381
-    _globals["_GETMODELINFOREQUEST"]._serialized_start = 2383
-    _globals["_GETMODELINFOREQUEST"]._serialized_end = 2404
-    _globals["_GETMODELINFORESPONSE"]._serialized_start = 2407
-    _globals["_GETMODELINFORESPONSE"]._serialized_end = 2666
-    _globals["_INFERENCE"]._serialized_start = 2766
-    _globals["_INFERENCE"]._serialized_end = 3081
+  DESCRIPTOR._loaded_options = None
+  _globals['_SAMPLINGOPTIONS_LOGITBIASENTRY']._loaded_options = None
+  _globals['_SAMPLINGOPTIONS_LOGITBIASENTRY']._serialized_options = b'8\001'
+  _globals['_FINISHREASON']._serialized_start=2668
+  _globals['_FINISHREASON']._serialized_end=2763
+  _globals['_TOKENIDS']._serialized_start=45
+  _globals['_TOKENIDS']._serialized_end=68
+  _globals['_CHATMESSAGE']._serialized_start=70
+  _globals['_CHATMESSAGE']._serialized_end=114
+  _globals['_CHATMESSAGES']._serialized_start=116
+  _globals['_CHATMESSAGES']._serialized_end=173
+  _globals['_SAMPLINGOPTIONS']._serialized_start=176
+  _globals['_SAMPLINGOPTIONS']._serialized_end=629
+  _globals['_SAMPLINGOPTIONS_LOGITBIASENTRY']._serialized_start=460
+  _globals['_SAMPLINGOPTIONS_LOGITBIASENTRY']._serialized_end=508
+  _globals['_STOPPINGOPTIONS']._serialized_start=632
+  _globals['_STOPPINGOPTIONS']._serialized_end=879
+  _globals['_RESPONSEOPTIONS']._serialized_start=881
+  _globals['_RESPONSEOPTIONS']._serialized_end=934
+  _globals['_GENERATEREQUEST']._serialized_start=937
+  _globals['_GENERATEREQUEST']._serialized_end=1242
+  _globals['_TOPLOGPROB']._serialized_start=1244
+  _globals['_TOPLOGPROB']._serialized_end=1291
+  _globals['_TOKENINFO']._serialized_start=1293
+  _globals['_TOKENINFO']._serialized_end=1393
+  _globals['_TOKENOUTPUT']._serialized_start=1395
+  _globals['_TOKENOUTPUT']._serialized_end=1476
+  _globals['_USAGE']._serialized_start=1479
+  _globals['_USAGE']._serialized_end=1613
+  _globals['_REQUESTTIMINGS']._serialized_start=1616
+  _globals['_REQUESTTIMINGS']._serialized_end=1802
+  _globals['_FINISHED']._serialized_start=1805
+  _globals['_FINISHED']._serialized_end=2043
+  _globals['_GENERATERESPONSE']._serialized_start=2046
+  _globals['_GENERATERESPONSE']._serialized_end=2178
+  _globals['_TOKENIZEREQUEST']._serialized_start=2180
+  _globals['_TOKENIZEREQUEST']._serialized_end=2266
+  _globals['_TOKENIZERESPONSE']._serialized_start=2268
+  _globals['_TOKENIZERESPONSE']._serialized_end=2305
+  _globals['_DETOKENIZEREQUEST']._serialized_start=2307
+  _globals['_DETOKENIZEREQUEST']._serialized_end=2345
+  _globals['_DETOKENIZERESPONSE']._serialized_start=2347
+  _globals['_DETOKENIZERESPONSE']._serialized_end=2381
+  _globals['_GETMODELINFOREQUEST']._serialized_start=2383
+  _globals['_GETMODELINFOREQUEST']._serialized_end=2404
+  _globals['_GETMODELINFORESPONSE']._serialized_start=2407
+  _globals['_GETMODELINFORESPONSE']._serialized_end=2666
+  _globals['_INFERENCE']._serialized_start=2766
+  _globals['_INFERENCE']._serialized_end=3081
 # @@protoc_insertion_point(module_scope)

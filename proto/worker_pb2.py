@@ -4,110 +4,113 @@
 # source: pdserve/proto/worker.proto
 # Protobuf Python Version: 6.33.5
 """Generated protocol buffer code."""
-
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import descriptor_pool as _descriptor_pool
 from google.protobuf import runtime_version as _runtime_version
 from google.protobuf import symbol_database as _symbol_database
 from google.protobuf.internal import builder as _builder
-
 _runtime_version.ValidateProtobufRuntimeVersion(
-    _runtime_version.Domain.PUBLIC, 6, 33, 5, "", "pdserve/proto/worker.proto"
+    _runtime_version.Domain.PUBLIC,
+    6,
+    33,
+    5,
+    '',
+    'pdserve/proto/worker.proto'
 )
 # @@protoc_insertion_point(imports)
 
 _sym_db = _symbol_database.Default()
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(
-    b'\n\x1apdserve/proto/worker.proto\x12\x13pdserve.internal.v1"?\n\tHandoffId\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\r\n\x05\x65poch\x18\x03 \x01(\x04"C\n\tWorkerRef\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t"\x8f\x03\n\x0eSamplingParams\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\r\n\x05top_p\x18\x03 \x01(\x02\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x1a\n\x12repetition_penalty\x18\x05 \x01(\x02\x12\x18\n\x10presence_penalty\x18\x06 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x02\x12\x0c\n\x04seed\x18\x08 \x01(\x04\x12\x46\n\nlogit_bias\x18\t \x03(\x0b\x32\x32.pdserve.internal.v1.SamplingParams.LogitBiasEntry\x12\x12\n\nmax_tokens\x18\n \x01(\r\x12\x12\n\nmin_tokens\x18\x0b \x01(\r\x12\x16\n\x0estop_token_ids\x18\x0c \x03(\r\x12\x15\n\x08logprobs\x18\r \x01(\rH\x00\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0b\n\t_logprobs"\x9f\x01\n\rWorkerRequest\x12*\n\x02id\x18\x01 \x01(\x0b\x32\x1e.pdserve.internal.v1.HandoffId\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12\x35\n\x08sampling\x18\x03 \x01(\x0b\x32#.pdserve.internal.v1.SamplingParams\x12\x11\n\ttimeout_s\x18\x04 \x01(\x01"}\n\x08KVLayout\x12\x12\n\nmodel_hash\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x12\n\nnum_layers\x18\x03 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x04 \x01(\r\x12\x10\n\x08head_dim\x18\x05 \x01(\r\x12\x12\n\nblock_size\x18\x06 \x01(\r"\xfa\x02\n\nWorkerInfo\x12.\n\x06worker\x18\x01 \x01(\x0b\x32\x1e.pdserve.internal.v1.WorkerRef\x12\x0c\n\x04role\x18\x02 \x01(\t\x12-\n\x06layout\x18\x03 \x01(\x0b\x32\x1d.pdserve.internal.v1.KVLayout\x12\x12\n\nnum_blocks\x18\x04 \x01(\r\x12\x15\n\rmax_model_len\x18\x05 \x01(\r\x12\x12\n\nvocab_size\x18\x06 \x01(\r\x12\x0f\n\x07host_id\x18\x07 \x01(\t\x12\x46\n\x0clink_address\x18\x08 \x03(\x0b\x32\x30.pdserve.internal.v1.WorkerInfo.LinkAddressEntry\x12\x17\n\x0fmetrics_address\x18\t \x01(\t\x12\r\n\x05\x63ores\x18\n \x03(\r\x12\x0b\n\x03pid\x18\x0b \x01(\r\x1a\x32\n\x10LinkAddressEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01"\xf9\x02\n\nWorkerLoad\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x0c\n\x04role\x18\x03 \x01(\t\x12\x13\n\x0bnum_waiting\x18\x04 \x01(\r\x12\x13\n\x0bnum_running\x18\x05 \x01(\r\x12\x15\n\rqueued_tokens\x18\x06 \x01(\x04\x12\x14\n\x0ctotal_blocks\x18\x07 \x01(\r\x12\x13\n\x0b\x66ree_blocks\x18\x08 \x01(\r\x12\x16\n\x0erunning_blocks\x18\t \x01(\r\x12\x15\n\rleased_blocks\x18\n \x01(\r\x12\x18\n\x10receiving_blocks\x18\x0b \x01(\r\x12\x1a\n\x12quarantined_blocks\x18\x0c \x01(\r\x12\x17\n\x0freserved_blocks\x18\r \x01(\r\x12\x0e\n\x06step_s\x18\x0e \x01(\x01\x12\x10\n\x08\x64raining\x18\x0f \x01(\x08\x12\x11\n\tnum_steps\x18\x10 \x01(\x04\x12\x17\n\x0fnum_preemptions\x18\x11 \x01(\x04"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02"m\n\tTokenInfo\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x14\n\x07logprob\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12,\n\x03top\x18\x03 \x03(\x0b\x32\x1f.pdserve.internal.v1.TopLogprobB\n\n\x08_logprob"\xc2\x01\n\x06Phases\x12\x17\n\x0fprefill_queue_s\x18\x01 \x01(\x01\x12\x11\n\tprefill_s\x18\x02 \x01(\x01\x12\x17\n\x0ftransfer_wait_s\x18\x03 \x01(\x01\x12\x12\n\ntransfer_s\x18\x04 \x01(\x01\x12\x16\n\x0e\x64\x65\x63ode_queue_s\x18\x05 \x01(\x01\x12\x10\n\x08\x64\x65\x63ode_s\x18\x06 \x01(\x01\x12\x19\n\x11recomputed_tokens\x18\x07 \x01(\r\x12\x1a\n\x12transferred_tokens\x18\x08 \x01(\r"*\n\tWireError\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t"\x9b\x02\n\rSequenceEvent\x12*\n\x02id\x18\x01 \x01(\x0b\x32\x1e.pdserve.internal.v1.HandoffId\x12\r\n\x05index\x18\x02 \x01(\r\x12.\n\x06tokens\x18\x03 \x03(\x0b\x32\x1e.pdserve.internal.v1.TokenInfo\x12\x15\n\rfinish_reason\x18\x04 \x01(\t\x12\x1a\n\rstop_token_id\x18\x05 \x01(\rH\x00\x88\x01\x01\x12+\n\x06phases\x18\x06 \x01(\x0b\x32\x1b.pdserve.internal.v1.Phases\x12-\n\x05\x65rror\x18\x07 \x01(\x0b\x32\x1e.pdserve.internal.v1.WireErrorB\x10\n\x0e_stop_token_id"o\n\nStepOutput\x12\x32\n\x06\x65vents\x18\x01 \x03(\x0b\x32".pdserve.internal.v1.SequenceEvent\x12-\n\x04load\x18\x02 \x01(\x0b\x32\x1f.pdserve.internal.v1.WorkerLoad"z\n\x0ePrefillRequest\x12\x33\n\x07request\x18\x01 \x01(\x0b\x32".pdserve.internal.v1.WorkerRequest\x12\x33\n\x0bhand_off_to\x18\x02 \x01(\x0b\x32\x1e.pdserve.internal.v1.WorkerRef"t\n\rExpectRequest\x12\x33\n\x07request\x18\x01 \x01(\x0b\x32".pdserve.internal.v1.WorkerRequest\x12.\n\x06source\x18\x02 \x01(\x0b\x32\x1e.pdserve.internal.v1.WorkerRef"J\n\x0c\x41\x62ortRequest\x12*\n\x02id\x18\x01 \x01(\x0b\x32\x1e.pdserve.internal.v1.HandoffId\x12\x0e\n\x06reason\x18\x02 \x01(\t"\x1f\n\x0eOutputsRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x04"\x05\n\x03\x41\x63k"\r\n\x0bInfoRequest"\r\n\x0bLoadRequest"\x84\x03\n\x08KVTicket\x12*\n\x02id\x18\x01 \x01(\x0b\x32\x1e.pdserve.internal.v1.HandoffId\x12.\n\x06source\x18\x02 \x01(\x0b\x32\x1e.pdserve.internal.v1.WorkerRef\x12\x12\n\nnum_tokens\x18\x03 \x01(\r\x12-\n\x06layout\x18\x04 \x01(\x0b\x32\x1d.pdserve.internal.v1.KVLayout\x12\x13\n\x0b\x66irst_token\x18\x05 \x01(\r\x12\x11\n\tblock_ids\x18\x06 \x03(\r\x12\x15\n\rblock_digests\x18\x07 \x03(\x06\x12\x0f\n\x07lease_s\x18\x08 \x01(\x01\x12\x0f\n\x07host_id\x18\t \x01(\t\x12\x44\n\x0clink_address\x18\n \x03(\x0b\x32..pdserve.internal.v1.KVTicket.LinkAddressEntry\x1a\x32\n\x10LinkAddressEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01"X\n\x0cOfferRequest\x12-\n\x06ticket\x18\x01 \x01(\x0b\x32\x1d.pdserve.internal.v1.KVTicket\x12\x19\n\x11target_generation\x18\x02 \x01(\x04"\xbe\x01\n\rRedeemRequest\x12*\n\x02id\x18\x01 \x01(\x0b\x32\x1e.pdserve.internal.v1.HandoffId\x12.\n\x06target\x18\x02 \x01(\x0b\x32\x1e.pdserve.internal.v1.WorkerRef\x12\x19\n\x11source_generation\x18\x03 \x01(\x04\x12\x0c\n\x04link\x18\x04 \x01(\t\x12\x12\n\nlink_epoch\x18\x05 \x01(\x04\x12\x14\n\x0clink_address\x18\x06 \x01(\t"V\n\x0cRenewRequest\x12+\n\x03ids\x18\x01 \x03(\x0b\x32\x1e.pdserve.internal.v1.HandoffId\x12\x19\n\x11source_generation\x18\x02 \x01(\x04"=\n\rRenewResponse\x12,\n\x04lost\x18\x01 \x03(\x0b\x32\x1e.pdserve.internal.v1.HandoffId"h\n\x0eReleaseRequest\x12*\n\x02id\x18\x01 \x01(\x0b\x32\x1e.pdserve.internal.v1.HandoffId\x12\x19\n\x11source_generation\x18\x02 \x01(\x04\x12\x0f\n\x07outcome\x18\x03 \x01(\t"[\n\x0b\x46leetMember\x12-\n\x04info\x18\x01 \x01(\x0b\x32\x1f.pdserve.internal.v1.WorkerInfo\x12\r\n\x05state\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t"K\n\x05\x46leet\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x31\n\x07members\x18\x02 \x03(\x0b\x32 .pdserve.internal.v1.FleetMember"\x0e\n\x0cWatchRequest"\x0f\n\rStatusRequest"o\n\x0cWorkerStatus\x12\x30\n\x06member\x18\x01 \x01(\x0b\x32 .pdserve.internal.v1.FleetMember\x12-\n\x04load\x18\x02 \x01(\x0b\x32\x1f.pdserve.internal.v1.WorkerLoad"a\n\x0eStatusResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x32\n\x07workers\x18\x03 \x03(\x0b\x32!.pdserve.internal.v1.WorkerStatus2\xc9\x03\n\x06Worker\x12I\n\x04Info\x12 .pdserve.internal.v1.InfoRequest\x1a\x1f.pdserve.internal.v1.WorkerInfo\x12I\n\x04Load\x12 .pdserve.internal.v1.LoadRequest\x1a\x1f.pdserve.internal.v1.WorkerLoad\x12Q\n\x07Outputs\x12#.pdserve.internal.v1.OutputsRequest\x1a\x1f.pdserve.internal.v1.StepOutput0\x01\x12H\n\x07Prefill\x12#.pdserve.internal.v1.PrefillRequest\x1a\x18.pdserve.internal.v1.Ack\x12\x46\n\x06\x45xpect\x12".pdserve.internal.v1.ExpectRequest\x1a\x18.pdserve.internal.v1.Ack\x12\x44\n\x05\x41\x62ort\x12!.pdserve.internal.v1.AbortRequest\x1a\x18.pdserve.internal.v1.Ack2\xb0\x02\n\x06KVPeer\x12\x44\n\x05Offer\x12!.pdserve.internal.v1.OfferRequest\x1a\x18.pdserve.internal.v1.Ack\x12\x46\n\x06Redeem\x12".pdserve.internal.v1.RedeemRequest\x1a\x18.pdserve.internal.v1.Ack\x12N\n\x05Renew\x12!.pdserve.internal.v1.RenewRequest\x1a".pdserve.internal.v1.RenewResponse\x12H\n\x07Release\x12#.pdserve.internal.v1.ReleaseRequest\x1a\x18.pdserve.internal.v1.Ack2\xa9\x01\n\nController\x12H\n\x05Watch\x12!.pdserve.internal.v1.WatchRequest\x1a\x1a.pdserve.internal.v1.Fleet0\x01\x12Q\n\x06Status\x12".pdserve.internal.v1.StatusRequest\x1a#.pdserve.internal.v1.StatusResponseb\x06proto3'
-)
+
+
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1apdserve/proto/worker.proto\x12\x13pdserve.internal.v1\"?\n\tHandoffId\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\"C\n\tWorkerRef\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\"\x8f\x03\n\x0eSamplingParams\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\r\n\x05top_p\x18\x03 \x01(\x02\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x1a\n\x12repetition_penalty\x18\x05 \x01(\x02\x12\x18\n\x10presence_penalty\x18\x06 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x02\x12\x0c\n\x04seed\x18\x08 \x01(\x04\x12\x46\n\nlogit_bias\x18\t \x03(\x0b\x32\x32.pdserve.internal.v1.SamplingParams.LogitBiasEntry\x12\x12\n\nmax_tokens\x18\n \x01(\r\x12\x12\n\nmin_tokens\x18\x0b \x01(\r\x12\x16\n\x0estop_token_ids\x18\x0c \x03(\r\x12\x15\n\x08logprobs\x18\r \x01(\rH\x00\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0b\n\t_logprobs\"\x9f\x01\n\rWorkerRequest\x12*\n\x02id\x18\x01 \x01(\x0b\x32\x1e.pdserve.internal.v1.HandoffId\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12\x35\n\x08sampling\x18\x03 \x01(\x0b\x32#.pdserve.internal.v1.SamplingParams\x12\x11\n\ttimeout_s\x18\x04 \x01(\x01\"}\n\x08KVLayout\x12\x12\n\nmodel_hash\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x12\n\nnum_layers\x18\x03 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x04 \x01(\r\x12\x10\n\x08head_dim\x18\x05 \x01(\r\x12\x12\n\nblock_size\x18\x06 \x01(\r\"\xfa\x02\n\nWorkerInfo\x12.\n\x06worker\x18\x01 \x01(\x0b\x32\x1e.pdserve.internal.v1.WorkerRef\x12\x0c\n\x04role\x18\x02 \x01(\t\x12-\n\x06layout\x18\x03 \x01(\x0b\x32\x1d.pdserve.internal.v1.KVLayout\x12\x12\n\nnum_blocks\x18\x04 \x01(\r\x12\x15\n\rmax_model_len\x18\x05 \x01(\r\x12\x12\n\nvocab_size\x18\x06 \x01(\r\x12\x0f\n\x07host_id\x18\x07 \x01(\t\x12\x46\n\x0clink_address\x18\x08 \x03(\x0b\x32\x30.pdserve.internal.v1.WorkerInfo.LinkAddressEntry\x12\x17\n\x0fmetrics_address\x18\t \x01(\t\x12\r\n\x05\x63ores\x18\n \x03(\r\x12\x0b\n\x03pid\x18\x0b \x01(\r\x1a\x32\n\x10LinkAddressEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xf9\x02\n\nWorkerLoad\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x0c\n\x04role\x18\x03 \x01(\t\x12\x13\n\x0bnum_waiting\x18\x04 \x01(\r\x12\x13\n\x0bnum_running\x18\x05 \x01(\r\x12\x15\n\rqueued_tokens\x18\x06 \x01(\x04\x12\x14\n\x0ctotal_blocks\x18\x07 \x01(\r\x12\x13\n\x0b\x66ree_blocks\x18\x08 \x01(\r\x12\x16\n\x0erunning_blocks\x18\t \x01(\r\x12\x15\n\rleased_blocks\x18\n \x01(\r\x12\x18\n\x10receiving_blocks\x18\x0b \x01(\r\x12\x1a\n\x12quarantined_blocks\x18\x0c \x01(\r\x12\x17\n\x0freserved_blocks\x18\r \x01(\r\x12\x0e\n\x06step_s\x18\x0e \x01(\x01\x12\x10\n\x08\x64raining\x18\x0f \x01(\x08\x12\x11\n\tnum_steps\x18\x10 \x01(\x04\x12\x17\n\x0fnum_preemptions\x18\x11 \x01(\x04\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"m\n\tTokenInfo\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x14\n\x07logprob\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12,\n\x03top\x18\x03 \x03(\x0b\x32\x1f.pdserve.internal.v1.TopLogprobB\n\n\x08_logprob\"\xc2\x01\n\x06Phases\x12\x17\n\x0fprefill_queue_s\x18\x01 \x01(\x01\x12\x11\n\tprefill_s\x18\x02 \x01(\x01\x12\x17\n\x0ftransfer_wait_s\x18\x03 \x01(\x01\x12\x12\n\ntransfer_s\x18\x04 \x01(\x01\x12\x16\n\x0e\x64\x65\x63ode_queue_s\x18\x05 \x01(\x01\x12\x10\n\x08\x64\x65\x63ode_s\x18\x06 \x01(\x01\x12\x19\n\x11recomputed_tokens\x18\x07 \x01(\r\x12\x1a\n\x12transferred_tokens\x18\x08 \x01(\r\"*\n\tWireError\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"\x9b\x02\n\rSequenceEvent\x12*\n\x02id\x18\x01 \x01(\x0b\x32\x1e.pdserve.internal.v1.HandoffId\x12\r\n\x05index\x18\x02 \x01(\r\x12.\n\x06tokens\x18\x03 \x03(\x0b\x32\x1e.pdserve.internal.v1.TokenInfo\x12\x15\n\rfinish_reason\x18\x04 \x01(\t\x12\x1a\n\rstop_token_id\x18\x05 \x01(\rH\x00\x88\x01\x01\x12+\n\x06phases\x18\x06 \x01(\x0b\x32\x1b.pdserve.internal.v1.Phases\x12-\n\x05\x65rror\x18\x07 \x01(\x0b\x32\x1e.pdserve.internal.v1.WireErrorB\x10\n\x0e_stop_token_id\"o\n\nStepOutput\x12\x32\n\x06\x65vents\x18\x01 \x03(\x0b\x32\".pdserve.internal.v1.SequenceEvent\x12-\n\x04load\x18\x02 \x01(\x0b\x32\x1f.pdserve.internal.v1.WorkerLoad\"z\n\x0ePrefillRequest\x12\x33\n\x07request\x18\x01 \x01(\x0b\x32\".pdserve.internal.v1.WorkerRequest\x12\x33\n\x0bhand_off_to\x18\x02 \x01(\x0b\x32\x1e.pdserve.internal.v1.WorkerRef\"t\n\rExpectRequest\x12\x33\n\x07request\x18\x01 \x01(\x0b\x32\".pdserve.internal.v1.WorkerRequest\x12.\n\x06source\x18\x02 \x01(\x0b\x32\x1e.pdserve.internal.v1.WorkerRef\"J\n\x0c\x41\x62ortRequest\x12*\n\x02id\x18\x01 \x01(\x0b\x32\x1e.pdserve.internal.v1.HandoffId\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x1f\n\x0eOutputsRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\"\x05\n\x03\x41\x63k\"\r\n\x0bInfoRequest\"\r\n\x0bLoadRequest\"\x84\x03\n\x08KVTicket\x12*\n\x02id\x18\x01 \x01(\x0b\x32\x1e.pdserve.internal.v1.HandoffId\x12.\n\x06source\x18\x02 \x01(\x0b\x32\x1e.pdserve.internal.v1.WorkerRef\x12\x12\n\nnum_tokens\x18\x03 \x01(\r\x12-\n\x06layout\x18\x04 \x01(\x0b\x32\x1d.pdserve.internal.v1.KVLayout\x12\x13\n\x0b\x66irst_token\x18\x05 \x01(\r\x12\x11\n\tblock_ids\x18\x06 \x03(\r\x12\x15\n\rblock_digests\x18\x07 \x03(\x06\x12\x0f\n\x07lease_s\x18\x08 \x01(\x01\x12\x0f\n\x07host_id\x18\t \x01(\t\x12\x44\n\x0clink_address\x18\n \x03(\x0b\x32..pdserve.internal.v1.KVTicket.LinkAddressEntry\x1a\x32\n\x10LinkAddressEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"X\n\x0cOfferRequest\x12-\n\x06ticket\x18\x01 \x01(\x0b\x32\x1d.pdserve.internal.v1.KVTicket\x12\x19\n\x11target_generation\x18\x02 \x01(\x04\"\xbe\x01\n\rRedeemRequest\x12*\n\x02id\x18\x01 \x01(\x0b\x32\x1e.pdserve.internal.v1.HandoffId\x12.\n\x06target\x18\x02 \x01(\x0b\x32\x1e.pdserve.internal.v1.WorkerRef\x12\x19\n\x11source_generation\x18\x03 \x01(\x04\x12\x0c\n\x04link\x18\x04 \x01(\t\x12\x12\n\nlink_epoch\x18\x05 \x01(\x04\x12\x14\n\x0clink_address\x18\x06 \x01(\t\"V\n\x0cRenewRequest\x12+\n\x03ids\x18\x01 \x03(\x0b\x32\x1e.pdserve.internal.v1.HandoffId\x12\x19\n\x11source_generation\x18\x02 \x01(\x04\"=\n\rRenewResponse\x12,\n\x04lost\x18\x01 \x03(\x0b\x32\x1e.pdserve.internal.v1.HandoffId\"h\n\x0eReleaseRequest\x12*\n\x02id\x18\x01 \x01(\x0b\x32\x1e.pdserve.internal.v1.HandoffId\x12\x19\n\x11source_generation\x18\x02 \x01(\x04\x12\x0f\n\x07outcome\x18\x03 \x01(\t\"[\n\x0b\x46leetMember\x12-\n\x04info\x18\x01 \x01(\x0b\x32\x1f.pdserve.internal.v1.WorkerInfo\x12\r\n\x05state\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\"K\n\x05\x46leet\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x31\n\x07members\x18\x02 \x03(\x0b\x32 .pdserve.internal.v1.FleetMember\"\x0e\n\x0cWatchRequest\"\x0f\n\rStatusRequest\"o\n\x0cWorkerStatus\x12\x30\n\x06member\x18\x01 \x01(\x0b\x32 .pdserve.internal.v1.FleetMember\x12-\n\x04load\x18\x02 \x01(\x0b\x32\x1f.pdserve.internal.v1.WorkerLoad\"a\n\x0eStatusResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x32\n\x07workers\x18\x03 \x03(\x0b\x32!.pdserve.internal.v1.WorkerStatus2\xc9\x03\n\x06Worker\x12I\n\x04Info\x12 .pdserve.internal.v1.InfoRequest\x1a\x1f.pdserve.internal.v1.WorkerInfo\x12I\n\x04Load\x12 .pdserve.internal.v1.LoadRequest\x1a\x1f.pdserve.internal.v1.WorkerLoad\x12Q\n\x07Outputs\x12#.pdserve.internal.v1.OutputsRequest\x1a\x1f.pdserve.internal.v1.StepOutput0\x01\x12H\n\x07Prefill\x12#.pdserve.internal.v1.PrefillRequest\x1a\x18.pdserve.internal.v1.Ack\x12\x46\n\x06\x45xpect\x12\".pdserve.internal.v1.ExpectRequest\x1a\x18.pdserve.internal.v1.Ack\x12\x44\n\x05\x41\x62ort\x12!.pdserve.internal.v1.AbortRequest\x1a\x18.pdserve.internal.v1.Ack2\xb0\x02\n\x06KVPeer\x12\x44\n\x05Offer\x12!.pdserve.internal.v1.OfferRequest\x1a\x18.pdserve.internal.v1.Ack\x12\x46\n\x06Redeem\x12\".pdserve.internal.v1.RedeemRequest\x1a\x18.pdserve.internal.v1.Ack\x12N\n\x05Renew\x12!.pdserve.internal.v1.RenewRequest\x1a\".pdserve.internal.v1.RenewResponse\x12H\n\x07Release\x12#.pdserve.internal.v1.ReleaseRequest\x1a\x18.pdserve.internal.v1.Ack2\xa9\x01\n\nController\x12H\n\x05Watch\x12!.pdserve.internal.v1.WatchRequest\x1a\x1a.pdserve.internal.v1.Fleet0\x01\x12Q\n\x06Status\x12\".pdserve.internal.v1.StatusRequest\x1a#.pdserve.internal.v1.StatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
-_builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, "pdserve.proto.worker_pb2", _globals)
+_builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'pdserve.proto.worker_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
-    DESCRIPTOR._loaded_options = None
-    _globals["_SAMPLINGPARAMS_LOGITBIASENTRY"]._loaded_options = None
-    _globals["_SAMPLINGPARAMS_LOGITBIASENTRY"]._serialized_options = b"8\001"
-    _globals["_WORKERINFO_LINKADDRESSENTRY"]._loaded_options = None
-    _globals["_WORKERINFO_LINKADDRESSENTRY"]._serialized_options = b"8\001"
-    _globals["_KVTICKET_LINKADDRESSENTRY"]._loaded_options = None
-    _globals["_KVTICKET_LINKADDRESSENTRY"]._serialized_options = b"8\001"
-    _globals["_HANDOFFID"]._serialized_start = 51
-    _globals["_HANDOFFID"]._serialized_end = 114
-    _globals["_WORKERREF"]._serialized_start = 116
-    _globals["_WORKERREF"]._serialized_end = 183
-    _globals["_SAMPLINGPARAMS"]._serialized_start = 186
-    _globals["_SAMPLINGPARAMS"]._serialized_end = 585
-    _globals["_SAMPLINGPARAMS_LOGITBIASENTRY"]._serialized_start = 524
-    _globals["_SAMPLINGPARAMS_LOGITBIASENTRY"]._serialized_end = 572
-    _globals["_WORKERREQUEST"]._serialized_start = 588
-    _globals["_WORKERREQUEST"]._serialized_end = 747
-    _globals["_KVLAYOUT"]._serialized_start = 749
-    _globals["_KVLAYOUT"]._serialized_end = 874
-    _globals["_WORKERINFO"]._serialized_start = 877
-    _globals["_WORKERINFO"]._serialized_end = 1255
-    _globals["_WORKERINFO_LINKADDRESSENTRY"]._serialized_start = 1205
-    _globals["_WORKERINFO_LINKADDRESSENTRY"]._serialized_end = 1255
-    _globals["_WORKERLOAD"]._serialized_start = 1258
-    _globals["_WORKERLOAD"]._serialized_end = 1635
-    _globals["_TOPLOGPROB"]._serialized_start = 1637
-    _globals["_TOPLOGPROB"]._serialized_end = 1684
-    _globals["_TOKENINFO"]._serialized_start = 1686
-    _globals["_TOKENINFO"]._serialized_end = 1795
-    _globals["_PHASES"]._serialized_start = 1798
-    _globals["_PHASES"]._serialized_end = 1992
-    _globals["_WIREERROR"]._serialized_start = 1994
-    _globals["_WIREERROR"]._serialized_end = 2036
-    _globals["_SEQUENCEEVENT"]._serialized_start = 2039
-    _globals["_SEQUENCEEVENT"]._serialized_end = 2322
-    _globals["_STEPOUTPUT"]._serialized_start = 2324
-    _globals["_STEPOUTPUT"]._serialized_end = 2435
-    _globals["_PREFILLREQUEST"]._serialized_start = 2437
-    _globals["_PREFILLREQUEST"]._serialized_end = 2559
-    _globals["_EXPECTREQUEST"]._serialized_start = 2561
-    _globals["_EXPECTREQUEST"]._serialized_end = 2677
-    _globals["_ABORTREQUEST"]._serialized_start = 2679
-    _globals["_ABORTREQUEST"]._serialized_end = 2753
-    _globals["_OUTPUTSREQUEST"]._serialized_start = 2755
-    _globals["_OUTPUTSREQUEST"]._serialized_end = 2786
-    _globals["_ACK"]._serialized_start = 2788
-    _globals["_ACK"]._serialized_end = 2793
-    _globals["_INFOREQUEST"]._serialized_start = 2795
-    _globals["_INFOREQUEST"]._serialized_end = 2808
-    _globals["_LOADREQUEST"]._serialized_start = 2810
-    _globals["_LOADREQUEST"]._serialized_end = 2823
-    _globals["_KVTICKET"]._serialized_start = 2826
-    _globals["_KVTICKET"]._serialized_end = 3214
-    _globals["_KVTICKET_LINKADDRESSENTRY"]._serialized_start = 1205
-    _globals["_KVTICKET_LINKADDRESSENTRY"]._serialized_end = 1255
-    _globals["_OFFERREQUEST"]._serialized_start = 3216
-    _globals["_OFFERREQUEST"]._serialized_end = 3304
-    _globals["_REDEEMREQUEST"]._serialized_start = 3307
-    _globals["_REDEEMREQUEST"]._serialized_end = 3497
-    _globals["_RENEWREQUEST"]._serialized_start = 3499
-    _globals["_RENEWREQUEST"]._serialized_end = 3585
-    _globals["_RENEWRESPONSE"]._serialized_start = 3587
-    _globals["_RENEWRESPONSE"]._serialized_end = 3648
-    _globals["_RELEASEREQUEST"]._serialized_start = 3650
-    _globals["_RELEASEREQUEST"]._serialized_end = 3754
-    _globals["_FLEETMEMBER"]._serialized_start = 3756
-    _globals["_FLEETMEMBER"]._serialized_end = 3847
-    _globals["_FLEET"]._serialized_start = 3849
-    _globals["_FLEET"]._serialized_end = 3924
-    _globals["_WATCHREQUEST"]._serialized_start = 3926
-    _globals["_WATCHREQUEST"]._serialized_end = 3940
-    _globals["_STATUSREQUEST"]._serialized_start = 3942
-    _globals["_STATUSREQUEST"]._serialized_end = 3957
-    _globals["_WORKERSTATUS"]._serialized_start = 3959
-    _globals["_WORKERSTATUS"]._serialized_end = 4070
-    _globals["_STATUSRESPONSE"]._serialized_start = 4072
-    _globals["_STATUSRESPONSE"]._serialized_end = 4169
-    _globals["_WORKER"]._serialized_start = 4172
-    _globals["_WORKER"]._serialized_end = 4629
-    _globals["_KVPEER"]._serialized_start = 4632
-    _globals["_KVPEER"]._serialized_end = 4936
-    _globals["_CONTROLLER"]._serialized_start = 4939
-    _globals["_CONTROLLER"]._serialized_end = 5108
+  DESCRIPTOR._loaded_options = None
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
+  _globals['_WORKERINFO_LINKADDRESSENTRY']._loaded_options = None
+  _globals['_WORKERINFO_LINKADDRESSENTRY']._serialized_options = b'8\001'
+  _globals['_KVTICKET_LINKADDRESSENTRY']._loaded_options = None
+  _globals['_KVTICKET_LINKADDRESSENTRY']._serialized_options = b'8\001'
+  _globals['_HANDOFFID']._serialized_start=51
+  _globals['_HANDOFFID']._serialized_end=114
+  _globals['_WORKERREF']._serialized_start=116
+  _globals['_WORKERREF']._serialized_end=183
+  _globals['_SAMPLINGPARAMS']._serialized_start=186
+  _globals['_SAMPLINGPARAMS']._serialized_end=585
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=524
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=572
+  _globals['_WORKERREQUEST']._serialized_start=588
+  _globals['_WORKERREQUEST']._serialized_end=747
+  _globals['_KVLAYOUT']._serialized_start=749
+  _globals['_KVLAYOUT']._serialized_end=874
+  _globals['_WORKERINFO']._serialized_start=877
+  _globals['_WORKERINFO']._serialized_end=1255
+  _globals['_WORKERINFO_LINKADDRESSENTRY']._serialized_start=1205
+  _globals['_WORKERINFO_LINKADDRESSENTRY']._serialized_end=1255
+  _globals['_WORKERLOAD']._serialized_start=1258
+  _globals['_WORKERLOAD']._serialized_end=1635
+  _globals['_TOPLOGPROB']._serialized_start=1637
+  _globals['_TOPLOGPROB']._serialized_end=1684
+  _globals['_TOKENINFO']._serialized_start=1686
+  _globals['_TOKENINFO']._serialized_end=1795
+  _globals['_PHASES']._serialized_start=1798
+  _globals['_PHASES']._serialized_end=1992
+  _globals['_WIREERROR']._serialized_start=1994
+  _globals['_WIREERROR']._serialized_end=2036
+  _globals['_SEQUENCEEVENT']._serialized_start=2039
+  _globals['_SEQUENCEEVENT']._serialized_end=2322
+  _globals['_STEPOUTPUT']._serialized_start=2324
+  _globals['_STEPOUTPUT']._serialized_end=2435
+  _globals['_PREFILLREQUEST']._serialized_start=2437
+  _globals['_PREFILLREQUEST']._serialized_end=2559
+  _globals['_EXPECTREQUEST']._serialized_start=2561
+  _globals['_EXPECTREQUEST']._serialized_end=2677
+  _globals['_ABORTREQUEST']._serialized_start=2679
+  _globals['_ABORTREQUEST']._serialized_end=2753
+  _globals['_OUTPUTSREQUEST']._serialized_start=2755
+  _globals['_OUTPUTSREQUEST']._serialized_end=2786
+  _globals['_ACK']._serialized_start=2788
+  _globals['_ACK']._serialized_end=2793
+  _globals['_INFOREQUEST']._serialized_start=2795
+  _globals['_INFOREQUEST']._serialized_end=2808
+  _globals['_LOADREQUEST']._serialized_start=2810
+  _globals['_LOADREQUEST']._serialized_end=2823
+  _globals['_KVTICKET']._serialized_start=2826
+  _globals['_KVTICKET']._serialized_end=3214
+  _globals['_KVTICKET_LINKADDRESSENTRY']._serialized_start=1205
+  _globals['_KVTICKET_LINKADDRESSENTRY']._serialized_end=1255
+  _globals['_OFFERREQUEST']._serialized_start=3216
+  _globals['_OFFERREQUEST']._serialized_end=3304
+  _globals['_REDEEMREQUEST']._serialized_start=3307
+  _globals['_REDEEMREQUEST']._serialized_end=3497
+  _globals['_RENEWREQUEST']._serialized_start=3499
+  _globals['_RENEWREQUEST']._serialized_end=3585
+  _globals['_RENEWRESPONSE']._serialized_start=3587
+  _globals['_RENEWRESPONSE']._serialized_end=3648
+  _globals['_RELEASEREQUEST']._serialized_start=3650
+  _globals['_RELEASEREQUEST']._serialized_end=3754
+  _globals['_FLEETMEMBER']._serialized_start=3756
+  _globals['_FLEETMEMBER']._serialized_end=3847
+  _globals['_FLEET']._serialized_start=3849
+  _globals['_FLEET']._serialized_end=3924
+  _globals['_WATCHREQUEST']._serialized_start=3926
+  _globals['_WATCHREQUEST']._serialized_end=3940
+  _globals['_STATUSREQUEST']._serialized_start=3942
+  _globals['_STATUSREQUEST']._serialized_end=3957
+  _globals['_WORKERSTATUS']._serialized_start=3959
+  _globals['_WORKERSTATUS']._serialized_end=4070
+  _globals['_STATUSRESPONSE']._serialized_start=4072
+  _globals['_STATUSRESPONSE']._serialized_end=4169
+  _globals['_WORKER']._serialized_start=4172
+  _globals['_WORKER']._serialized_end=4629
+  _globals['_KVPEER']._serialized_start=4632
+  _globals['_KVPEER']._serialized_end=4936
+  _globals['_CONTROLLER']._serialized_start=4939
+  _globals['_CONTROLLER']._serialized_end=5108
 # @@protoc_insertion_point(module_scope)

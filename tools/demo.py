@@ -47,7 +47,7 @@ def main() -> int:
             subprocess.run([*PDSERVE, "down", "--name", NAME], check=True)
     if keep:
         print(
-            f'\nThe cluster stays up at {endpoint}. Talk to it:\n'
+            f"\nThe cluster stays up at {endpoint}. Talk to it:\n"
             f'  .venv/bin/pdserve generate --name {NAME} "def quicksort(items):"\n'
             f"  .venv/bin/pdserve status --name {NAME} --watch\n"
             f"  .venv/bin/pdserve down --name {NAME}"

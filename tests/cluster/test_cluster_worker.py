@@ -149,15 +149,14 @@ async def test_kv_that_nobody_redeems_is_freed_when_its_lease_lapses(family_dir:
     """The decode worker dies with the offer in its hands: it neither renews nor releases."""
     config = KVTransferConfig(lease_s=0.5, renew_s=0.2)
     model = family_dir("llama")
-    async with worker(Role.PREFILL, model, config) as prefill:
-        async with worker(Role.DECODE, model, config) as decode:
-            decode.worker.decode_role.offer = lambda ticket: None  # type: ignore[method-assign,union-attr]
-            id = await start(prefill, decode, make_request("leased", random_prompt(40)))
-            await prefill.wait_for(lambda: prefill.tokens(id), "the first token")
-            await prefill.wait_for(lambda: any(event.error for event in prefill.events[id]), "the lapse")
-            assert prefill.events[id][-1].error.kind == "TransferFailed"  # type: ignore[union-attr]
-            await drained(prefill)
-            await abort(decode, id=id)
+    async with worker(Role.PREFILL, model, config) as prefill, worker(Role.DECODE, model, config) as decode:
+        decode.worker.decode_role.offer = lambda ticket: None  # type: ignore[method-assign,union-attr]
+        id = await start(prefill, decode, make_request("leased", random_prompt(40)))
+        await prefill.wait_for(lambda: prefill.tokens(id), "the first token")
+        await prefill.wait_for(lambda: any(event.error for event in prefill.events[id]), "the lapse")
+        assert prefill.events[id][-1].error.kind == "TransferFailed"  # type: ignore[union-attr]
+        await drained(prefill)
+        await abort(decode, id=id)
 
 
 async def test_a_dead_peer_ends_what_waits_for_it(family_dir: FamilyDir) -> None:

@@ -108,7 +108,9 @@ def spec(role: Role, model: Path, transfer: KVTransferConfig, num_blocks: int = 
 
 
 @asynccontextmanager
-async def worker(role: Role, model: Path, transfer: KVTransferConfig, num_blocks: int = 64) -> AsyncIterator[Routerless]:
+async def worker(
+    role: Role, model: Path, transfer: KVTransferConfig, num_blocks: int = 64
+) -> AsyncIterator[Routerless]:
     started = Worker.load(spec(role, model, transfer, num_blocks))
     await started.serve()
     side = Routerless(started)

@@ -67,8 +67,13 @@ def _is_drained(status: dict[str, Any]) -> bool:
 
 def run(environment: dict[str, str], *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     """One `pdserve` command, output captured, never waiting for ever."""
-    options = {"capture_output": True, "text": True, "timeout": COMMAND_TIMEOUT_S, "stdin": subprocess.DEVNULL} | options
-    return subprocess.run([*PDSERVE, *arguments], env=environment, **options)  # noqa: PLW1510
+    options = {
+        "capture_output": True,
+        "text": True,
+        "timeout": COMMAND_TIMEOUT_S,
+        "stdin": subprocess.DEVNULL,
+    } | options
+    return subprocess.run([*PDSERVE, *arguments], env=environment, **options)
 
 
 @contextmanager

@@ -86,7 +86,9 @@ def test_invalid_utf8_is_an_invalid_argument(cluster: Cluster) -> None:
     raw = pb.GenerateRequest(prompt="ab").SerializeToString().replace(b"ab", b"\xff\xfe")
     with grpc.insecure_channel(cluster.endpoint) as channel:
         call = channel.unary_stream(
-            "/pdserve.v1.Inference/Generate", request_serializer=None, response_deserializer=pb.GenerateResponse.FromString
+            "/pdserve.v1.Inference/Generate",
+            request_serializer=None,
+            response_deserializer=pb.GenerateResponse.FromString,
         )
         with pytest.raises(grpc.RpcError) as caught:
             list(call(raw, timeout=10))
