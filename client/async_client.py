@@ -100,7 +100,7 @@ class AsyncClient:
         self.endpoint = checked_endpoint(endpoint)
         self.timeout_s = checked_timeout(timeout_s, DEFAULT_TIMEOUT_S)
         self._channel = grpc.aio.insecure_channel(self.endpoint, options=CHANNEL_OPTIONS)
-        self._stub: Any = InferenceStub(self._channel)  # type: ignore[no-untyped-call]
+        self._stub: Any = InferenceStub(self._channel)
         self._health = health_call(self._channel)
 
     async def generate(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Completion:

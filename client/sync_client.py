@@ -86,7 +86,7 @@ class Client:
         self.endpoint = checked_endpoint(endpoint)
         self.timeout_s = checked_timeout(timeout_s, DEFAULT_TIMEOUT_S)
         self._channel = grpc.insecure_channel(self.endpoint, options=CHANNEL_OPTIONS)
-        self._stub: Any = InferenceStub(self._channel)  # type: ignore[no-untyped-call]
+        self._stub: Any = InferenceStub(self._channel)
         self._health = health_call(self._channel)
 
     def generate(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Completion:

@@ -18,7 +18,7 @@ from typing import Any
 
 import grpc
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayError
 
 from pdserve.cluster.config import ClusterConfig
 from pdserve.cluster.placement import WorkerPlan
@@ -85,7 +85,20 @@ class Controller(pb_grpc.ControllerServicer):
     async def _launch_one(self, plan: WorkerPlan) -> Failure | None:
         self._registry.starting(plan.worker_id, plan.role)
         await self._announce()
-        pool = self._config.pool(plan.role)
+        actor = self._actors[plan.worker_id] = self._create(plan)
+        started = await self._started(actor)
+        if isinstance(started, Failure):
+            await self._mark_dead(plan.worker_id, started.message)
+            return Failure(started.kind, f"{plan.worker_id}: {started.message}")
+        self._registry.ready(started)
+        await self._announce()
+        task = asyncio.create_task(self._watch_worker(plan.worker_id, actor), name=f"watch {plan.worker_id}")
+        self._watchers.add(task)
+        task.add_done_callback(self._watchers.discard)
+        return None
+
+    def _create(self, plan: WorkerPlan) -> Any:
+        """The actor of one worker; Ray places it when it can."""
         spec = WorkerSpec(
             worker_id=plan.worker_id,
             role=plan.role,
@@ -97,44 +110,36 @@ class Controller(pb_grpc.ControllerServicer):
             log_path=str(self._log_folder / f"{plan.worker_id}.log"),
             controller=self._address,
         )
-        actor = (
-            ray.remote(WorkerActor)
-            .options(
-                name=f"{self._config.name}-{plan.worker_id}",
-                namespace=self._namespace,
-                lifetime="detached",
-                num_cpus=0 if self._private_ray else len(plan.cores),
-                num_gpus=pool.num_gpus,
-                max_restarts=0,
-                max_task_retries=0,
-                max_concurrency=16,
-            )
-            .remote(spec)
+        actor_class: Any = ray.remote(WorkerActor)
+        options = actor_class.options(
+            name=f"{self._config.name}-{plan.worker_id}",
+            namespace=self._namespace,
+            lifetime="detached",
+            num_cpus=0 if self._private_ray else len(plan.cores),
+            num_gpus=self._config.pool(plan.role).num_gpus,
+            max_restarts=0,
+            max_task_retries=0,
+            max_concurrency=16,
         )
-        self._actors[plan.worker_id] = actor
+        return options.remote(spec)
+
+    async def _started(self, actor: Any) -> WorkerInfo | Failure:
+        """What came of starting a worker, within its time."""
+        limit_s = self._config.worker_start_timeout_s
         try:
-            started = await asyncio.wait_for(actor.start.remote(), self._config.worker_start_timeout_s)
+            started: WorkerInfo | Failure = await asyncio.wait_for(actor.start.remote(), limit_s)
+            return started
         except TimeoutError:
             free = ray.available_resources()
             resources = f"Ray has {free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs free"
-            limit_s = self._config.worker_start_timeout_s
-            started = Failure("StartupError", f"not placed and ready after {limit_s:.0f} s; {resources}")
-        except RayActorError as error:
-            started = Failure("StartupError", f"the process died while starting ({_reason(error)})")
-        if not isinstance(started, WorkerInfo):
-            await self._mark_dead(plan.worker_id, started.message)
-            return Failure(started.kind, f"{plan.worker_id}: {started.message}")
-        self._registry.ready(started)
-        await self._announce()
-        task = asyncio.create_task(self._watch_worker(plan.worker_id, actor), name=f"watch {plan.worker_id}")
-        self._watchers.add(task)
-        task.add_done_callback(self._watchers.discard)
-        return None
+            return Failure("StartupError", f"not placed and ready after {limit_s:.0f} s; {resources}")
+        except RayError as error:
+            return Failure("StartupError", f"the process died while starting ({_reason(error)})")
 
     async def _watch_worker(self, worker_id: str, actor: Any) -> None:
         try:
             detail = await actor.run.remote()
-        except RayActorError as error:
+        except RayError as error:
             detail = f"process died ({_reason(error)})"
         await self._mark_dead(worker_id, detail)
 
@@ -150,7 +155,7 @@ class Controller(pb_grpc.ControllerServicer):
     async def _stop_one(self, actor: Any) -> None:
         try:
             await asyncio.wait_for(actor.stop.remote(), STOP_TIMEOUT_S)
-        except (TimeoutError, RayActorError) as error:
+        except (TimeoutError, RayError) as error:
             logger.info("worker did not stop by itself: %s", type(error).__name__)
         ray.kill(actor)
 
@@ -196,7 +201,7 @@ def _member_to_wire(member: Member) -> pb.FleetMember:
     return pb.FleetMember(info=info, state=member.state, detail=member.detail)
 
 
-def _reason(error: RayActorError) -> str:
+def _reason(error: RayError) -> str:
     """Ray's many-line message in a few words."""
     text = str(error)
     for mark in ("exit_detail=", "The actor died because", "Worker exit detail:"):

@@ -1,4 +1,4 @@
-"""A worker's view of the fleet: tells it which peers are gone, so that it waits for none of them and frees their memory.
+"""A worker's view of the fleet: says which peers are gone, so that nobody waits for them or keeps their memory.
 
 Follows the controller's stream and reconnects for ever; while the controller is away nobody is declared gone. Knows
 nothing of what a peer was used for.

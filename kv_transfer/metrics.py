@@ -1,4 +1,4 @@
-"""Prometheus metrics of hand-offs, seen from the decode side: how long, how many bytes, over which link, how they ended.
+"""Prometheus metrics of hand-offs, seen from the decode side: how long, how many bytes, over which link, which end.
 
 Adds its names to a registry that somebody else serves. Knows nothing of the protocol's states.
 """

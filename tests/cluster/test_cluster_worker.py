@@ -174,7 +174,7 @@ async def test_a_dead_peer_ends_what_waits_for_it(family_dir: FamilyDir) -> None
 
 
 async def test_a_message_for_another_generation_changes_nothing(family_dir: FamilyDir) -> None:
-    async with worker_pair(family_dir("llama")) as (prefill, decode):
+    async with worker_pair(family_dir("llama")) as (prefill, _):
         release = pb.ReleaseRequest(id=pb.HandoffId(request_id="x", epoch=7), source_generation=1, outcome="redeemed")
         peer = grpc.aio.insecure_channel(prefill.worker.info.worker.address)
         async with peer:

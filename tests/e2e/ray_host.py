@@ -1,6 +1,6 @@
 """A private Ray for a whole test session: prints its address, ends when its stdin closes.
 
-Clusters under test join it (`ray.address`), which saves each of them Ray's own start. It dies with the tests, however they end.
+Clusters under test join it (`ray.address`), which saves each of them Ray's own start. It dies with the tests.
 """
 
 from __future__ import annotations

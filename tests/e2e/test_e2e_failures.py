@@ -29,7 +29,7 @@ SMALL = (
     "engine.num_blocks=128",
     "engine.max_model_len=512",
 )
-ENDS_WITHIN_S = 10.0
+ENDS_WITHIN_S = 30.0  # a hang, not slowness: requests have two minutes
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +148,7 @@ def test_a_killed_prefill_worker_does_not_harm_requests_already_handed_off(
 ) -> None:
     with running(environment, family_dir("llama"), *SMALL) as cluster:
         pid = worker(cluster, "prefill-0")["pid"]
-        results, seconds = asyncio.run(outcomes(cluster.endpoint, 12, lambda: os.kill(pid, signal.SIGKILL)))
+        results, _ = asyncio.run(outcomes(cluster.endpoint, 12, lambda: os.kill(pid, signal.SIGKILL)))
         finished = [result for result in results if isinstance(result, Completion)]
         assert finished, "requests that were decoding must go on"
         assert all(len(one.token_ids) == 450 for one in finished)

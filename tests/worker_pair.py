@@ -129,9 +129,11 @@ async def worker_pair(
 ) -> AsyncIterator[tuple[Routerless, Routerless]]:
     """(prefill, decode)."""
     config = transfer or KVTransferConfig(lease_s=6.0, renew_s=1.0)
-    async with worker(Role.PREFILL, model, config, num_blocks) as prefill:
-        async with worker(Role.DECODE, model, config, num_blocks) as decode:
-            yield prefill, decode
+    async with (
+        worker(Role.PREFILL, model, config, num_blocks) as prefill,
+        worker(Role.DECODE, model, config, num_blocks) as decode,
+    ):
+        yield prefill, decode
 
 
 def make_request(name: str, prompt: tuple[int, ...], max_tokens: int = 24, timeout_s: float = 60.0) -> WorkerRequest:
