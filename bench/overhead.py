@@ -91,7 +91,8 @@ def row(name: str, value: float, unit: str, target: float | None, ok: bool | Non
 
 def pooled(pairs: list[tuple[Sample, Sample]], side: int, field: str) -> float:
     """Median over all rounds."""
-    return statistics.median(value for pair in pairs for value in getattr(pair[side], field))
+    values: list[float] = [value for pair in pairs for value in getattr(pair[side], field)]
+    return statistics.median(values)
 
 
 def save_60m_model(folder: Path) -> None:

@@ -23,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from pdserve.client import AsyncClient
 from pdserve.cluster import command_options as options
 from pdserve.cluster.arrivals import WORKLOADS, Arrival, Lengths, PromptMaker, Survey, Workload, survey, synthesize
+from pdserve.cluster.interruptible import run_interruptible
 from pdserve.cluster.load import ClientExchange, LoadGenerator, LoadResult, RequestRecord
 from pdserve.cluster.load_report import LoadReport, render, summarize
 from pdserve.cluster.state import resolve_endpoint
@@ -92,7 +93,9 @@ def bench(
     plan = Plan(source, num_prompts, seed)
     planned = survey(plan.arrivals())  # a bad line in a trace ends the command here, not in the middle of the load
     target = resolve_endpoint(endpoint, name)
-    result = asyncio.run(_send(plan, planned, target, max_concurrency=max_concurrency, timeout_s=timeout_s))
+    work = _send(plan, planned, target, max_concurrency=max_concurrency, timeout_s=timeout_s)
+    with asyncio.Runner() as runner:
+        result = run_interruptible(runner, work)
     report = summarize(result, SLO(ttft_ms, tpot_ms), source.num_skipped if isinstance(source, Trace) else 0)
     _show(report, as_json)
     raise typer.Exit(0 if report.num_completed else 1)

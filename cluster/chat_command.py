@@ -17,6 +17,7 @@ import typer
 from pdserve.client import AsyncClient, GenerateOptions
 from pdserve.cluster import command_options as options
 from pdserve.cluster.errors_seam import error_line
+from pdserve.cluster.interruptible import run_interruptible
 from pdserve.cluster.state import resolve_endpoint
 from pdserve.proto.errors import InvalidRequest, PdserveError
 
@@ -41,7 +42,7 @@ def chat(
     with asyncio.Runner() as runner:
         client = runner.run(_connect(target, timeout_s))
         try:
-            model = runner.run(client.model_info())
+            model = run_interruptible(runner, client.model_info())
             if interactive:
                 readline.set_history_length(1000)
                 typer.echo(f"{model.model}; Ctrl-C cancels an answer, Ctrl-D leaves", err=True)
@@ -82,7 +83,7 @@ class Conversation:
             if not text.strip():
                 continue
             try:
-                self.runner.run(self._turn(text))
+                run_interruptible(self.runner, self._turn(text))
             except KeyboardInterrupt:
                 if not self.interactive:
                     raise

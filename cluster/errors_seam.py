@@ -40,12 +40,12 @@ def one_line_errors(command: Callable[P, R]) -> Callable[P, R]:
         except KeyboardInterrupt:
             typer.echo("interrupted", err=True)
             raise typer.Exit(INTERRUPTED) from None
-        except BrokenPipeError:
-            _silence_stdout()
-            raise typer.Exit(FAILED) from None
         except Exception as error:
             log.debug("command failed", exc_info=True)
             cause = _sole_cause(error)
+            if isinstance(cause, BrokenPipeError):
+                _silence_stdout()
+                raise typer.Exit(FAILED) from None
             typer.echo(f"error: {error_line(cause)}", err=True)
             raise typer.Exit(exit_code(cause)) from None
 

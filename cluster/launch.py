@@ -69,6 +69,7 @@ def head_environment(config: ClusterConfig) -> dict[str, str]:
     if config.ray.address is None:
         environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         environment |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_enable_metrics_collection": "0"}
+        environment |= {"RAY_worker_niceness": "0"}  # Ray's default of 15 lets any other process starve a worker
     return environment | {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "HF_HUB_OFFLINE": "1"}
 
 

@@ -23,7 +23,8 @@ from pdserve.cluster import chat_command
 from pdserve.cluster.bench_command import bench
 from pdserve.cluster.chat_command import Conversation, chat
 from pdserve.cluster.errors_seam import error_line, one_line_errors
-from pdserve.cluster.generate_command import MAX_LINE_BYTES, generate
+from pdserve.cluster.generate_command import generate
+from pdserve.cluster.prompt_batch import MAX_LINE_BYTES
 from pdserve.proto import inference_pb2 as pb
 from pdserve.proto.errors import ConfigError, InternalError, InvalidRequest, ModelError, NotFound, Overloaded
 
@@ -48,6 +49,12 @@ APP = application(generate, chat, bench)
 def invoke(fake: FakeInference | None, *args: str, stdin: str | bytes = "") -> Result:
     where = ["--endpoint", fake.endpoint] if fake else []
     return CliRunner().invoke(APP, [args[0], *where, *args[1:]], input=stdin)
+
+
+def batch(fake: FakeInference, folder: Path, *args: str, lines: str) -> Result:
+    path = folder / "prompts.jsonl"
+    path.write_bytes(lines.encode())
+    return invoke(fake, "generate", "--prompts", str(path), *args)
 
 
 def lines_of(result: Result) -> list[dict[str, Any]]:
@@ -163,35 +170,34 @@ answered: dict[int, asyncio.Event] = {}
 def test_a_file_of_prompts_is_answered_in_input_order(fake: FakeInference, tmp_path: Path):
     answered.update({number: asyncio.Event() for number in range(8)})
     fake.script = later_first
-    path = tmp_path / "prompts.jsonl"
-    path.write_text("".join(json.dumps({"prompt": str(number)}) + "\n" for number in range(8)))
-    result = invoke(fake, "generate", "--prompts", str(path), "--concurrency", "8")
+    lines = "".join(json.dumps({"prompt": str(number)}) + "\n" for number in range(8))
+    result = batch(fake, tmp_path, "--concurrency", "8", lines=lines)
     assert [answer["token_ids"] for answer in lines_of(result)] == [[number] for number in range(8)]
     assert result.exit_code == 0
 
 
-def test_concurrency_is_bounded_however_long_the_input(fake: FakeInference):
+def test_concurrency_is_bounded_however_long_the_input(fake: FakeInference, tmp_path: Path):
     stdin = '{"prompt": "x", "max_tokens": 1}\n' * 200
-    result = invoke(fake, "generate", "--prompts", "-", "--concurrency", "3", stdin=stdin)
+    result = batch(fake, tmp_path, "--concurrency", "3", lines=stdin)
     assert len(lines_of(result)) == 200
     assert fake.max_running <= 3
 
 
-def test_each_line_may_have_its_own_input_and_options(fake: FakeInference):
+def test_each_line_may_have_its_own_input_and_options(fake: FakeInference, tmp_path: Path):
     lines = [
         {"prompt": "text", "max_tokens": 1, "logit_bias": {"5": -2.0}},
         {"prompt_token_ids": [1, 2, 3]},
         {"messages": [{"role": "user", "content": "hi"}], "request_id": "mine"},
     ]
     stdin = "\ufeff" + "\r\n\r\n".join(json.dumps(line) for line in lines)
-    result = invoke(fake, "generate", "--prompts", "-", "--max-tokens", "2", "--concurrency", "1", stdin=stdin)
+    result = batch(fake, tmp_path, "--max-tokens", "2", "--concurrency", "1", lines=stdin)
     assert [len(answer["token_ids"]) for answer in lines_of(result)] == [1, 2, 2]
     assert lines_of(result)[2]["request_id"] == "mine"
     assert [request.WhichOneof("input") for request in fake.requests] == ["prompt", "token_ids", "chat"]
     assert dict(fake.requests[0].sampling.logit_bias) == {5: -2.0}
 
 
-def test_a_bad_line_is_its_own_answer_and_the_others_go_on(fake: FakeInference):
+def test_a_bad_line_is_its_own_answer_and_the_others_go_on(fake: FakeInference, tmp_path: Path):
     bad = [
         "{oops",
         "[1]",
@@ -208,7 +214,7 @@ def test_a_bad_line_is_its_own_answer_and_the_others_go_on(fake: FakeInference):
         '{"prompt_token_ids": [1, 99999999999999999999999]}',
     ]
     good = '{"prompt": "fine", "max_tokens": 1}'
-    result = invoke(fake, "generate", "--prompts", "-", stdin="\n".join([good, *bad, good]))
+    result = batch(fake, tmp_path, lines="\n".join([good, *bad, good]))
     answers = lines_of(result)
     assert len(answers) == len(bad) + 2
     assert [answers[0]["text"], answers[-1]["text"]] == ["w0 ", "w0 "]
@@ -219,7 +225,7 @@ def test_a_bad_line_is_its_own_answer_and_the_others_go_on(fake: FakeInference):
     assert len(fake.requests) == 2
 
 
-def test_a_failed_request_is_its_lines_answer(fake: FakeInference):
+def test_a_failed_request_is_its_lines_answer(fake: FakeInference, tmp_path: Path):
     async def script(request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateResponse | bytes]:
         if request.prompt == "bad":
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", (("grpc-retry-pushback-ms", "500"),))
@@ -228,7 +234,7 @@ def test_a_failed_request_is_its_lines_answer(fake: FakeInference):
 
     fake.script = script
     stdin = "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in ("a", "bad", "c"))
-    answers = lines_of(invoke(fake, "generate", "--prompts", "-", stdin=stdin))
+    answers = lines_of(batch(fake, tmp_path, lines=stdin))
     expected = {"code": "RESOURCE_EXHAUSTED", "message": "full", "retryable": True, "retry_after_s": 0.5}
     assert answers[1]["error"] == expected
     assert [("text" in answer) for answer in answers] == [True, False, True]
@@ -238,17 +244,16 @@ def interrupt_main_thread() -> None:
     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
 
-def test_ctrl_c_stops_a_batch_and_its_requests(fake: FakeInference):
+def test_ctrl_c_stops_a_batch_and_its_requests(fake: FakeInference, tmp_path: Path):
     async def script(request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateResponse | bytes]:
         interrupt_main_thread()
         async for response in stalls()(request, context):
             yield response
 
     fake.script = script
-    result = invoke(fake, "generate", "--prompts", "-", "--concurrency", "1", stdin='{"prompt": "x"}\n')
+    result = batch(fake, tmp_path, "--concurrency", "1", lines='{"prompt": "x"}\n')
     assert (result.exit_code, result.stdout) == (130, "")
     assert fake.cancelled.wait(10)
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith(("printer", "generate"))]
 
 
 def test_ctrl_c_stops_a_single_prompt_and_its_request(fake: FakeInference):

@@ -7,6 +7,7 @@ import os
 import stat
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -45,12 +46,8 @@ def test_a_cluster_is_found_while_its_head_lives_and_not_after() -> None:
 def test_another_process_with_the_same_pid_is_not_the_head() -> None:
     state.prepare("here")
     mine = cluster_of(os.getpid())
-    state.write(state.ClusterState(**{**_fields(mine), "head_started": mine.head_started - 1}))
+    state.write(replace(mine, head_started=mine.head_started - 1))
     assert state.read("here") is None
-
-
-def _fields(cluster: state.ClusterState) -> dict[str, object]:
-    return {name: getattr(cluster, name) for name in state.ClusterState.__slots__}
 
 
 def test_the_folder_is_its_owners_alone() -> None:

@@ -25,6 +25,7 @@ def environment(private_environment: dict[str, str]) -> Iterator[dict[str, str]]
     """Commands join one Ray that lives as long as the session."""
     shared = private_environment | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     shared |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_enable_metrics_collection": "0"}
+    shared["RAY_worker_niceness"] = "0"
     shared["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
     command = [sys.executable, str(Path(__file__).parent / "ray_host.py")]
     pipe = subprocess.PIPE

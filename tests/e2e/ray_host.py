@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from typing import Any
 
 import ray
 
 with tempfile.TemporaryDirectory(prefix="pdserve-") as folder:
-    context = ray.init(
+    context: Any = ray.init(
         num_cpus=16,  # tests share the real cores; Ray must not queue them
         include_dashboard=False,
         object_store_memory=80_000_000,

@@ -70,7 +70,7 @@ def test_every_bad_field_is_refused_by_name_and_nothing_is_harmed(cluster: Clust
         for field, request in BAD:
             with pytest.raises(grpc.RpcError) as caught:
                 list(stub.Generate(request, timeout=10))
-            code, details = caught.value.code(), caught.value.details()
+            code, details = caught.value.code(), caught.value.details() or ""
             assert code is INVALID, f"{field}: {code}: {details}"
             assert field in details, f"{field} is not named by: {details}"
     after = [(one["worker_id"], one["generation"], one["pid"]) for one in cluster.status()["workers"]]
@@ -85,7 +85,7 @@ def test_every_bad_field_is_refused_by_name_and_nothing_is_harmed(cluster: Clust
 def test_invalid_utf8_is_an_invalid_argument(cluster: Cluster) -> None:
     raw = pb.GenerateRequest(prompt="ab").SerializeToString().replace(b"ab", b"\xff\xfe")
     with grpc.insecure_channel(cluster.endpoint) as channel:
-        call = channel.unary_stream(
+        call: Any = channel.unary_stream(
             "/pdserve.v1.Inference/Generate",
             request_serializer=None,
             response_deserializer=pb.GenerateResponse.FromString,

@@ -1,0 +1,43 @@
+"""Ctrl-C as a cancellation that is never lost.
+
+`asyncio.run` reacts to Ctrl-C in a Python signal handler, which a signal that comes just before the loop goes to
+sleep does not wake; and in blocking code the exception may land inside a lock. A handler of the loop itself
+(with its wake-up pipe) has neither gap. Knows nothing of the work.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def run_interruptible(runner: asyncio.Runner, work: Coroutine[Any, Any, T]) -> T:
+    """Run `work` to its end; Ctrl-C cancels it and waits for its clean-up. Main thread only.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C came, even if the work ended all the same.
+    """
+    interrupts: list[int] = []
+
+    async def main() -> list[T]:
+        task = asyncio.current_task()
+        assert task is not None
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGINT, lambda: (interrupts.append(1), task.cancel()))
+        try:
+            return [await work]
+        except asyncio.CancelledError:
+            if not interrupts:
+                raise
+            return []
+        finally:
+            loop.remove_signal_handler(signal.SIGINT)
+
+    results = runner.run(main())
+    if interrupts:
+        raise KeyboardInterrupt
+    return results[0]

@@ -1,0 +1,188 @@
+"""The command line against a real cluster with a Ray of its own: what a user types, sees, and leaves behind.
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from harness import Cluster, run, running
+
+pytestmark = pytest.mark.cluster
+
+
+@pytest.fixture(scope="module")
+def cluster(private_environment: dict[str, str], demo_model: Path) -> Iterator[Cluster]:
+    with running(private_environment, demo_model) as started:
+        yield started
+
+
+def one_line(result: subprocess.CompletedProcess[str]) -> str:
+    """What a failed command says: one line on stderr, no traceback."""
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert "Traceback" not in result.stderr
+    assert len(lines) == 1, result.stderr
+    return lines[0]
+
+
+def test_a_prompt_is_answered_and_says_where_its_time_went(cluster: Cluster) -> None:
+    arguments = ("generate", "def add(a, b):", "--max-tokens", "16", "--temperature", "0", "--json")
+    result = cluster.command(*arguments, "--name", cluster.name)
+    assert result.returncode == 0, result.stderr
+    answer = json.loads(result.stdout)
+    assert answer["text"]
+    assert answer["finish_reason"] in ("stop", "length")
+    assert answer["timings"]["prefill_ms"] > 0
+    assert answer["timings"]["transfer_ms"] > 0
+
+
+def test_a_file_of_prompts_is_answered_in_order_and_a_bad_line_stays_its_own(cluster: Cluster, tmp_path: Path) -> None:
+    lines = [
+        {"prompt": "import os"},
+        {"prompt_token_ids": [5, 6, 7]},
+        {"prompt_token_ids": [10**6]},
+        {"prompt": "x = "},
+    ]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    arguments = ("generate", "--prompts", str(prompts), "--max-tokens", "8", "--name", cluster.name)
+    result = cluster.command(*arguments)
+    answers = [json.loads(line) for line in result.stdout.splitlines()]
+    assert len(answers) == 4
+    assert all("token_ids" in answers[index] for index in (0, 1, 3))
+    assert "error" in answers[2]
+    cluster.assert_drained()
+
+
+def test_a_conversation_can_be_piped(cluster: Cluster) -> None:
+    result = cluster.command(
+        "chat", "--name", cluster.name, "--max-tokens", "8", stdin=None, input="Write a function: Add.\n"
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip()
+
+
+def test_a_load_is_measured(cluster: Cluster) -> None:
+    arguments = ("bench", "--workload", "short", "--request-rate", "20", "--num-prompts", "20", "--json")
+    result = cluster.command(*arguments, "--name", cluster.name)
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert "ttft" in result.stdout.lower()
+    assert report
+    cluster.assert_drained()
+
+
+def test_status_is_for_people_and_for_scripts(cluster: Cluster) -> None:
+    table = cluster.command("status", "--name", cluster.name)
+    assert table.returncode == 0
+    assert "serving" in table.stdout
+    status = cluster.status()
+    assert status["healthy"]
+    assert {worker["role"] for worker in status["workers"]} == {"prefill", "decode"}
+
+
+def test_every_process_has_metrics_and_they_agree_with_what_was_done(cluster: Cluster) -> None:
+    before = scrape_all(cluster)
+    result = cluster.command("generate", "import os", "--max-tokens", "10", "--ignore-eos", "--name", cluster.name)
+    assert result.returncode == 0, result.stderr
+    after = scrape_all(cluster)
+
+    def grown(process: str, name: str) -> float:
+        return after[process].get(name, 0.0) - before[process].get(name, 0.0)
+
+    assert grown("router", "pdserve_generation_tokens_total") == 10
+    assert grown("router", "pdserve_time_to_first_token_seconds_count") == 1
+    assert grown("prefill-0", "pdserve_worker_generation_tokens_total") == 1
+    assert grown("decode-0", "pdserve_worker_generation_tokens_total") == 9
+    assert grown("decode-0", "pdserve_handoff_seconds_count") == 1
+    assert grown("decode-0", "pdserve_handoff_bytes_total") > 0
+
+
+def scrape_all(cluster: Cluster) -> dict[str, dict[str, float]]:
+    status = cluster.status()
+    addresses = {worker["worker_id"]: worker["metrics_address"] for worker in status["workers"]}
+    addresses |= status["metrics_endpoints"]
+    return {process: scrape(address) for process, address in addresses.items()}
+
+
+def scrape(address: str) -> dict[str, float]:
+    """Sum over labels of every sample."""
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as reply:
+        text = reply.read().decode()
+    totals: dict[str, float] = {}
+    for name, value in re.findall(r"^([a-z_]+)(?:\{[^}]*\})? ([-+0-9.e]+)$", text, flags=re.MULTILINE):
+        totals[name] = totals.get(name, 0.0) + float(value)
+    return totals
+
+
+def test_a_name_that_is_taken_is_refused(cluster: Cluster) -> None:
+    result = run(cluster.environment, "up", "--set", f"name={cluster.name}", "--detach")
+    assert result.returncode == 2
+    assert "already running" in one_line(result)
+
+
+def test_down_leaves_nothing_behind(private_environment: dict[str, str], family_dir: Any) -> None:
+    before = {process.pid for process in psutil.process_iter()}
+    with running(private_environment, family_dir("llama")) as cluster:
+        pids = [worker["pid"] for worker in cluster.status()["workers"]]
+        folders = ray_folders({process.pid for process in psutil.process_iter()} - before)
+        assert folders, "a private Ray has a folder"
+    assert not any(psutil.pid_exists(pid) for pid in pids)
+    assert not any(folder.exists() for folder in folders)
+    again = run(private_environment, "down", "--name", cluster.name)
+    assert again.returncode == 2
+    assert "no cluster named" in one_line(again)
+
+
+def ray_folders(pids: set[int]) -> set[Path]:
+    """Session folders named on the command lines of Ray's own processes."""
+    found: set[Path] = set()
+    for pid in pids:
+        try:
+            text = " ".join(psutil.Process(pid).cmdline())
+        except psutil.Error:
+            continue
+        found |= {Path(match) for match in re.findall(r"/tmp/pdserve-[a-z0-9_]+", text)}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("up", "--set", "engine.blok_size=16"), "engine.blok_size"),
+        (("up", "--set", "model=/nowhere/at/all"), "no such directory"),
+        (("up", "-c", "/nowhere.yaml"), "no such file"),
+        (("down", "--name", "nobody"), "no cluster named"),
+        (("status", "--name", "nobody"), "no cluster named"),
+        (("generate", "x", "--name", "nobody"), "no cluster named"),
+        (("down", "--name", "../etc"), "not a cluster name"),
+    ],
+)
+def test_wrong_use_is_one_line_and_exit_status_2(
+    private_environment: dict[str, str], arguments: tuple[str, ...], named: str
+) -> None:
+    result = run(private_environment, *arguments)
+    assert result.returncode == 2
+    assert named in one_line(result)
+
+
+def test_a_corrupt_checkpoint_is_refused_by_the_worker_and_nothing_stays_up(
+    environment: dict[str, str], family_dir: Any, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(family_dir("llama"), broken)
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    settings = ("--set", "name=broken", "--set", f"model={broken}")
+    joined = ("--set", f"ray.address={environment['PDSERVE_TEST_RAY']}")
+    result = run(environment, "up", *settings, *joined, "--detach")
+    assert result.returncode == 2
+    assert "safetensors" in one_line(result)
+    assert run(environment, "down", "--name", "broken").returncode == 2
