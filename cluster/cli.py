@@ -21,6 +21,7 @@ from pdserve.cluster.config import DEFAULT_CONFIG, load_config
 from pdserve.cluster.errors_seam import one_line_errors
 from pdserve.cluster.generate_command import generate
 from pdserve.cluster.status_command import status
+from pdserve.proto.errors import PdserveError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -39,6 +40,8 @@ def up(
     ] = False,
 ) -> None:
     """Start a cluster; without --detach, keep it up until Ctrl-C."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)  # as Ctrl-C: whatever was started goes down again
     settings = load_config(config, override or [])
     console = Console(stderr=True)
     with console.status("starting") as spinner:
@@ -59,15 +62,16 @@ def down(
 
 
 def _hold(cluster: state.ClusterState, head: subprocess.Popen[bytes]) -> None:
-    """Until Ctrl-C, SIGTERM, or the head's own end."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """Until Ctrl-C, a signal, or the head's own end."""
     try:
-        code = head.wait()
-        raise typer.Exit(0 if code == 0 else 1)
+        head.wait()
     except KeyboardInterrupt:
-        if not launch.stop_process(head.pid):
-            raise typer.Exit(1) from None
+        if not launch.stop_process(head.pid, cluster.stop_timeout_s):
+            raise PdserveError(f"head process {head.pid} does not end") from None
         typer.echo(f"{cluster.name} is down")
+        return
+    if head.returncode:
+        raise PdserveError(f"{cluster.name} ended by itself; see {state.state_dir(cluster.name) / 'head.log'}")
 
 
 app.command()(one_line_errors(status))

@@ -46,7 +46,6 @@ class RayConfig(Section):
 
     address: str | None = None
     object_store_memory_bytes: int = Field(default=80_000_000, ge=78_643_200)
-    start_timeout_s: float = Field(default=120.0, gt=0)
 
 
 class ClusterConfig(Section):

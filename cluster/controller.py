@@ -21,6 +21,7 @@ import ray
 from ray.exceptions import RayError
 
 from pdserve.cluster.config import ClusterConfig
+from pdserve.cluster.controller_metrics import ControllerMetrics
 from pdserve.cluster.placement import WorkerPlan
 from pdserve.cluster.registry import Member, MemberState, Registry
 from pdserve.cluster.worker_actor import WorkerActor, log_to
@@ -55,16 +56,17 @@ class Controller(pb_grpc.ControllerServicer):
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._server: grpc.aio.Server | None = None
         self._address = ""
+        self._metrics = ControllerMetrics(self._registry)
 
-    async def serve(self) -> str:
-        """Start the gRPC server; its address."""
+    async def serve(self) -> tuple[str, str]:
+        """Start the gRPC server and the metrics endpoint; their addresses."""
         self._server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
         pb_grpc.add_ControllerServicer_to_server(self, self._server)
-        host = self._config.router.host
+        host = self._config.kv_transfer.host
         port = self._server.add_insecure_port(f"{host}:0")
         await self._server.start()
         self._address = f"{host}:{port}"
-        return self._address
+        return self._address, self._metrics.serve(host)
 
     async def launch(self) -> Failure | None:
         """Start every worker; the first failure, if any."""
@@ -79,6 +81,7 @@ class Controller(pb_grpc.ControllerServicer):
         self._actors.clear()
         for channel in self._channels.values():
             await channel.close()
+        self._metrics.close()
         if self._server is not None:
             await self._server.stop(0)
 
@@ -106,7 +109,7 @@ class Controller(pb_grpc.ControllerServicer):
             engine=self._config.engine_for(plan.role),
             kv_transfer=self._config.kv_transfer,
             cores=plan.cores,
-            host=self._config.router.host,
+            host=self._config.kv_transfer.host,
             log_path=str(self._log_folder / f"{plan.worker_id}.log"),
             controller=self._address,
         )
@@ -129,12 +132,12 @@ class Controller(pb_grpc.ControllerServicer):
         try:
             started: WorkerInfo | Failure = await asyncio.wait_for(actor.start.remote(), limit_s)
             return started
+        except RayError as error:
+            return Failure("StartupError", f"the process died while starting ({_reason(error)})")
         except TimeoutError:
             free = ray.available_resources()
             resources = f"Ray has {free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs free"
             return Failure("StartupError", f"not placed and ready after {limit_s:.0f} s; {resources}")
-        except RayError as error:
-            return Failure("StartupError", f"the process died while starting ({_reason(error)})")
 
     async def _watch_worker(self, worker_id: str, actor: Any) -> None:
         try:
@@ -142,6 +145,7 @@ class Controller(pb_grpc.ControllerServicer):
         except RayError as error:
             detail = f"process died ({_reason(error)})"
         await self._mark_dead(worker_id, detail)
+        await self._stop_one(actor)  # one whose engine crashed still holds its cores and its memory
 
     async def _mark_dead(self, worker_id: str, detail: str) -> None:
         logger.error("worker %s is dead: %s", worker_id, detail)
@@ -157,7 +161,8 @@ class Controller(pb_grpc.ControllerServicer):
             await asyncio.wait_for(actor.stop.remote(), STOP_TIMEOUT_S)
         except (TimeoutError, RayError) as error:
             logger.info("worker did not stop by itself: %s", type(error).__name__)
-        ray.kill(actor)
+        finally:
+            ray.kill(actor)
 
     # pdserve.internal.v1.Controller
 

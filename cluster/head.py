@@ -1,6 +1,6 @@
 """The head process: holds one cluster together on the machine that launched it.
 
-    python -m pdserve.cluster.head STATE_DIR STATUS_FD
+    python -m pdserve.cluster.head STATE_DIR/CONFIG.json STATUS_FD
 
     lock -> Ray (private or joined) -> controller actor -> workers -> router -> "ready" -> wait -> everything down
 
@@ -21,13 +21,13 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayError
 
 from pdserve.cluster import state
 from pdserve.cluster.config import ClusterConfig
@@ -39,21 +39,25 @@ from pdserve.proto.types import Role
 
 logger = logging.getLogger(__name__)
 ROUTER_START_TIMEOUT_S = 30.0
-ROUTER_STOP_TIMEOUT_S = 8.0
 STOP_TIMEOUT_S = 15.0
 
 
 def main() -> None:
-    folder, status_fd = Path(sys.argv[1]), int(sys.argv[2])
+    draft, status_fd = Path(sys.argv[1]), int(sys.argv[2])
+    folder = draft.parent
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     with os.fdopen(status_fd, "w", buffering=1) as status:
         try:
-            config = ClusterConfig.model_validate_json((folder / "config.json").read_text())
+            config = ClusterConfig.model_validate_json(draft.read_text())
             with _lock(folder, config.name), _ray_session(config, status) as private_ray:
                 asyncio.run(_serve(config, private_ray, status))
         except PdserveError as error:
-            _tell(status, error=error.message, exit_code=2 if isinstance(error, StartupError) else 1)
-            sys.exit(2)
+            logger.error("%s", error.message)
+            if not status.closed:
+                _tell(status, error=error.message, exit_code=2 if isinstance(error, StartupError) else 1)
+            sys.exit(1)
+        finally:
+            draft.unlink(missing_ok=True)
 
 
 async def _serve(config: ClusterConfig, private_ray: bool, status: TextIO) -> None:
@@ -64,10 +68,12 @@ async def _serve(config: ClusterConfig, private_ray: bool, status: TextIO) -> No
         loop.add_signal_handler(number, stop.set)
     namespace = f"pdserve-{config.name}"
     plans = _plan(config)
+    if state.was_left(config.name):
+        _kill_orphans(namespace)
     controller = _create_controller(config, plans, namespace, private_ray)
     router: asyncio.subprocess.Process | None = None
     try:
-        address = await controller.serve.remote()
+        address, metrics = await controller.serve.remote()
         _tell(status, progress="starting workers")
         launch = asyncio.ensure_future(controller.launch.remote())
         if await _first(launch, stop):
@@ -82,26 +88,31 @@ async def _serve(config: ClusterConfig, private_ray: bool, status: TextIO) -> No
         cluster = state.ClusterState(
             name=config.name,
             endpoint=ready["address"],
-            metrics_endpoints={"router": ready["metrics_address"]},
+            metrics_endpoints={"router": ready["metrics_address"], "controller": metrics},
             controller=address,
             model=config.served_model_name or config.model,
             head_pid=os.getpid(),
             head_started=started,
+            stop_timeout_s=router_stop_s(config) + 2 * STOP_TIMEOUT_S,
         )
         state.write(cluster)
         _tell(status, ready=asdict(cluster))
         status.close()
         exited = asyncio.ensure_future(router.wait())
         if not await _first(exited, stop):
-            logger.error("the router exited with status %s; `pdserve down` cleans up", exited.result())
-            await stop.wait()
-    except RayActorError as error:
-        raise StartupError(f"the controller died: {error}") from error
+            raise PdserveError(f"the router exited with status {exited.result()}")
+    except RayError as error:
+        raise StartupError(f"the controller failed: {' '.join(str(error).split())[:300]}") from error
     finally:
         state.forget(config.name)
-        await _stop_router(router)
+        await _stop_router(router, router_stop_s(config))
         await _stop_controller(controller)
-        _kill_orphans(config, plans, namespace)
+        _kill_orphans(namespace)
+
+
+def router_stop_s(config: ClusterConfig) -> float:
+    """How long the router may take: it lets requests finish first."""
+    return config.router.drain_grace_s + 5.0
 
 
 async def _first(work: asyncio.Future[Any], stop: asyncio.Event) -> bool:
@@ -138,19 +149,19 @@ def _create_controller(config: ClusterConfig, plans: list[WorkerPlan], namespace
 async def _stop_controller(controller: Any) -> None:
     try:
         await asyncio.wait_for(controller.stop.remote(), STOP_TIMEOUT_S)
-    except (TimeoutError, RayActorError) as error:
+    except (TimeoutError, RayError) as error:
         logger.warning("controller did not stop by itself: %s", type(error).__name__)
-    ray.kill(controller)
+    finally:
+        ray.kill(controller)
 
 
-def _kill_orphans(config: ClusterConfig, plans: list[WorkerPlan], namespace: str) -> None:
-    """Workers that a dead controller could not stop: they outlive it on purpose, but not the cluster."""
-    for plan in plans:
-        try:
-            ray.kill(ray.get_actor(f"{config.name}-{plan.worker_id}", namespace))
-            logger.warning("killed %s, which the controller had left", plan.worker_id)
-        except ValueError:
-            continue  # gone, as it should be
+def _kill_orphans(namespace: str) -> None:
+    """Actors that outlived their controller or their head, as they are meant to, but not their cluster."""
+    for actor in ray.util.list_named_actors(all_namespaces=True):
+        if actor["namespace"] == namespace:
+            logger.warning("killing %s, which was left", actor["name"])
+            with suppress(ValueError):  # it has gone meanwhile
+                ray.kill(ray.get_actor(actor["name"], namespace))
 
 
 async def _start_router(config: ClusterConfig, controller: str) -> tuple[asyncio.subprocess.Process, dict[str, str]]:
@@ -179,12 +190,12 @@ async def _start_router(config: ClusterConfig, controller: str) -> tuple[asyncio
     return router, ready
 
 
-async def _stop_router(router: asyncio.subprocess.Process | None) -> None:
+async def _stop_router(router: asyncio.subprocess.Process | None, timeout_s: float) -> None:
     if router is None or router.returncode is not None:
         return
     router.terminate()
     try:
-        await asyncio.wait_for(router.wait(), ROUTER_STOP_TIMEOUT_S)
+        await asyncio.wait_for(router.wait(), timeout_s)
     except TimeoutError:
         router.kill()
         await router.wait()

@@ -21,23 +21,28 @@ def run_interruptible(runner: asyncio.Runner, work: Coroutine[Any, Any, T]) -> T
     Raises:
         KeyboardInterrupt: Ctrl-C came, even if the work ended all the same.
     """
-    interrupts: list[int] = []
+    num_interrupts = 0
 
     async def main() -> list[T]:
-        task = asyncio.current_task()
-        assert task is not None
-        loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGINT, lambda: (interrupts.append(1), task.cancel()))
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+
+        def on_interrupt() -> None:
+            nonlocal num_interrupts
+            num_interrupts += 1
+            assert task is not None
+            task.cancel()
+
+        loop.add_signal_handler(signal.SIGINT, on_interrupt)
         try:
             return [await work]
         except asyncio.CancelledError:
-            if not interrupts:
+            if num_interrupts == 0:
                 raise
             return []
         finally:
             loop.remove_signal_handler(signal.SIGINT)
 
     results = runner.run(main())
-    if interrupts:
+    if num_interrupts:
         raise KeyboardInterrupt
     return results[0]

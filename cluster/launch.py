@@ -20,7 +20,7 @@ from pdserve.cluster import state
 from pdserve.cluster.config import ClusterConfig
 from pdserve.proto.errors import ConfigError, ModelError, PdserveError, StartupError
 
-STOP_TIMEOUT_S = 40.0
+STOP_TIMEOUT_S = 60.0
 POLL_S = 1.0
 
 
@@ -37,11 +37,12 @@ def start(config: ClusterConfig, progress: Callable[[str], None]) -> tuple[state
         )
     check_model_dir(Path(config.model))
     folder = state.prepare(config.name)
-    (folder / "config.json").write_text(config.model_dump_json(indent=1))
+    draft = folder / f"config-{os.getpid()}.json"
+    draft.write_text(config.model_dump_json(indent=1))
     read_fd, write_fd = os.pipe()
-    with (folder / "head.log").open("wb") as log:
+    with (folder / "head.log").open("ab") as log:
         head = subprocess.Popen(
-            [sys.executable, "-m", "pdserve.cluster.head", str(folder), str(write_fd)],
+            [sys.executable, "-m", "pdserve.cluster.head", str(draft), str(write_fd)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -93,19 +94,19 @@ def stop(name: str) -> None:
         StartupError: it is still there after every means.
     """
     cluster = state.require(name)
-    if not stop_process(cluster.head_pid):
+    if not stop_process(cluster.head_pid, cluster.stop_timeout_s):
         raise StartupError(f"head process {cluster.head_pid} does not end; see {state.state_dir(name) / 'head.log'}")
     state.forget(name)
 
 
-def stop_process(pid: int) -> bool:
+def stop_process(pid: int, timeout_s: float = STOP_TIMEOUT_S) -> bool:
     """SIGTERM, wait, SIGKILL; whether the process is gone. Its private Ray and its router end with it."""
-    for number, timeout_s in ((signal.SIGTERM, STOP_TIMEOUT_S), (signal.SIGKILL, 5.0)):
+    for number, limit_s in ((signal.SIGTERM, timeout_s), (signal.SIGKILL, 5.0)):
         try:
             os.kill(pid, number)
         except ProcessLookupError:
             return True
-        if _gone(pid, timeout_s):
+        if _gone(pid, limit_s):
             return True
     return False
 

@@ -29,6 +29,7 @@ class ClusterState:
     model: str
     head_pid: int
     head_started: float
+    stop_timeout_s: float = 60.0
 
 
 def state_root() -> Path:
@@ -74,6 +75,11 @@ def read(name: str) -> ClusterState | None:
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{state_dir(name) / 'cluster.json'} is damaged; remove it ({error})") from error
     return state if process_started(state.head_pid) == state.head_started else None
+
+
+def was_left(name: str) -> bool:
+    """Whether a head died without cleaning up."""
+    return (state_dir(name) / "cluster.json").exists() and read(name) is None
 
 
 def forget(name: str) -> None:

@@ -14,14 +14,15 @@ import logging
 import os
 import secrets
 import time
-from collections import OrderedDict
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
 from pdserve.cluster.fleet_watch import watch_peers
+from pdserve.cluster.live_requests import LiveRequests
 from pdserve.cluster.output_hub import OutputHub, OutputStream
 from pdserve.cluster.worker_links import WorkerLinks
+from pdserve.cluster.worker_load import worker_load
 from pdserve.cluster.worker_server import WorkerServer
 from pdserve.cluster.worker_spec import WorkerSpec
 from pdserve.decode_worker.role import DecodeRole
@@ -34,7 +35,7 @@ from pdserve.kv_transfer.metrics import HandoffMetrics
 from pdserve.kv_transfer.peers import Peers
 from pdserve.kv_transfer.shared_pool import SharedPool, host_id
 from pdserve.prefill_worker.role import PrefillRole, SourceIdentity
-from pdserve.proto.errors import DeadlineExceeded, InternalError, PdserveError, StaleReference, WrongRole
+from pdserve.proto.errors import ConfigError, DeadlineExceeded, InternalError, PdserveError, Unavailable, WrongRole
 from pdserve.proto.types import (
     EventError,
     HandoffId,
@@ -52,7 +53,7 @@ SWEEP_S = 0.2
 DEADLINE_GRACE_S = 1.0
 STOP_TIMEOUT_S = 5.0
 FIRST_TURN_TIMEOUT_S = 10.0
-MAX_REMEMBERED = 8192  # aborted ids: an accept that was overtaken by its abort must not start
+INTEGRITY_S = 30.0
 
 
 class Worker:
@@ -65,8 +66,7 @@ class Worker:
         self._blocks = engine.cache.bytes_view()  # uint8 [num_blocks, block_bytes]
         self._metrics = EngineMetrics(spec.worker_id, spec.role, Path(spec.model).name)
         self._hub = OutputHub()
-        self._deadlines: dict[HandoffId, float] = {}
-        self._aborted: OrderedDict[HandoffId, None] = OrderedDict()
+        self._live = LiveRequests()
         self._tasks: set[asyncio.Task[None]] = set()
         self._turn: Turn | None = None
         self._last_step_s = 0.0
@@ -79,13 +79,16 @@ class Worker:
         Raises:
             ModelError: the model cannot be served.
         """
+        if spec.engine.device == "cuda":
+            raise ConfigError("engine.device: workers keep their KV pool in host memory so far; cuda is not served yet")
         memory: list[SharedPool] = []
 
         def allocate(num_bytes: int) -> Any:
             memory.append(SharedPool(num_bytes))
             return memory[0].tensor
 
-        engine = build_engine(Path(spec.model), spec.engine, allocate)
+        config = spec.engine.model_copy(update={"device": "cpu"})
+        engine = build_engine(Path(spec.model), config, allocate)
         return cls(spec, engine, memory[0])
 
     async def serve(self) -> WorkerInfo:
@@ -157,10 +160,7 @@ class Worker:
 
     def abort(self, handoff: HandoffId, reason: str) -> None:
         """Stop work on a request and free its blocks, wherever it is. Nothing more is accepted under its id."""
-        self._deadlines.pop(handoff, None)
-        self._aborted[handoff] = None
-        if len(self._aborted) > MAX_REMEMBERED:
-            self._aborted.popitem(last=False)
+        self._live.abort(handoff)
         self._engine_loop.post(lambda engine: engine.abort(handoff))
         if self.prefill_role is not None:
             self.prefill_role.abort(handoff, reason)
@@ -168,44 +168,40 @@ class Worker:
             self.decode_role.abort(handoff, reason)
 
     def open_stream(self, epoch: int) -> OutputStream:
+        """A router's stream; one that comes while another is open means that the router has given that one up."""
+        self._abort_epoch(epoch)
         return self._hub.open(epoch, self.load_now())
 
     def close_stream(self, epoch: int, stream: OutputStream) -> None:
         """A router's stream ended: nobody will read its sequences' tokens, so they end too."""
         if self._hub.close(epoch, stream):
-            for handoff in [handoff for handoff in self._deadlines if handoff.epoch == epoch]:
-                self.abort(handoff, "the router's output stream ended")
+            self._abort_epoch(epoch)
+
+    def _abort_epoch(self, epoch: int) -> None:
+        for handoff in self._live.of_epoch(epoch):
+            self.abort(handoff, "the router's output stream ended")
 
     def load_now(self) -> WorkerLoad:
         """The load after the last turn."""
-        turn = self._turn
-        assert turn is not None, "the first turn precedes the server's readiness"
-        pool = turn.pool
-        return WorkerLoad(
-            worker_id=self._spec.worker_id,
-            generation=self.info.worker.generation,
-            role=self._spec.role,
-            num_waiting=turn.num_waiting,
-            num_running=turn.num_running,
-            queued_tokens=turn.queued_tokens,
-            total_blocks=pool.total,
-            free_blocks=pool.free,
-            running_blocks=pool.running,
-            leased_blocks=pool.leased,
-            receiving_blocks=pool.receiving,
-            quarantined_blocks=pool.quarantined,
-            reserved_blocks=pool.reserved,
-            step_s=self._last_step_s,
-            draining=False,
-            num_steps=turn.num_steps,
-            num_preemptions=turn.num_preemptions,
-        )
+        assert self._turn is not None, "the first turn precedes the server's readiness"
+        return worker_load(self.info, self._turn, self._last_step_s)
 
     # Turns of the engine.
 
     def _turn_ended(self, turn: Turn) -> None:
         """In the engine's thread."""
-        self._loop.call_soon_threadsafe(self._on_turn, turn)
+        self._call_soon(self._on_turn, turn)
+
+    def _call_soon(self, function: Callable[..., object], *arguments: object) -> None:
+        """Run on the event loop, from any thread. A failure that nobody expected ends the worker."""
+
+        def guarded() -> None:
+            try:
+                function(*arguments)
+            except Exception as error:
+                self._on_crash(error)
+
+        self._loop.call_soon_threadsafe(guarded)
 
     def _on_turn(self, turn: Turn) -> None:
         self._turn = turn
@@ -222,41 +218,45 @@ class Worker:
     def _on_sequence(self, step: SequenceStep) -> None:
         """Tell the router, and the prefill role if the sequence leaves here with a ticket."""
         sequence, handoff = step.sequence, step.sequence.request.id
+        if step.handed_off:
+            assert self.prefill_role is not None
+            assert step.token is not None
+            self.prefill_role.handed_off(sequence, step.token.token_id)
+        if handoff not in self._live:
+            return  # it ended while the step ran: nothing is said after the last word
         if step.error is not None:
             self._fail(handoff, step.error)
             return
         assert step.token is not None
-        last = step.finish is not None or step.handed_off
+        ends = step.finish is not None or step.handed_off
+        begins = step.index == 1 and sequence.num_transferred_tokens > 0
         event = SequenceEvent(
             id=handoff,
             index=step.index,
             tokens=(step.token,),
             finish_reason=step.finish.reason if step.finish else None,
             stop_token_id=step.finish.stop_token_id if step.finish else None,
-            phases=self._phases(sequence) if last else None,
+            phases=self._phases(sequence) if ends or begins else None,
         )
         self._hub.emit(event)
         if step.finish is not None:
-            self._forget(handoff)
-        elif step.handed_off:
-            assert self.prefill_role is not None
-            self.prefill_role.handed_off(sequence, step.token.token_id)
+            self._end(handoff)
 
     def _phases(self, sequence: Sequence) -> Phases:
-        """Of a sequence that leaves this worker."""
+        """Where its time went so far, as far as this worker knows."""
         if self.decode_role is None:
             return sequence.phases
-        return sequence.phases + self.decode_role.finished(sequence.request.id)
+        return sequence.phases + self.decode_role.transfer_phases(sequence.request.id)
 
     def _engine_crashed(self, error: BaseException) -> None:
         """In the engine's thread."""
-        self._loop.call_soon_threadsafe(self._on_crash, error)
+        self._call_soon(self._on_crash, error)
 
     def _on_crash(self, error: BaseException) -> None:
         """A bug in the engine ends the worker: its state can no longer be trusted."""
         opaque = secrets.token_hex(6)
         logger.error("engine crashed (%s)", opaque, exc_info=error)
-        for handoff in list(self._deadlines):
+        for handoff in self._live.all():
             self._fail(handoff, InternalError(f"{self._spec.worker_id}: internal error {opaque}"))
         self._hub.flush(self.load_now())
         if not self._ended.done():
@@ -269,23 +269,27 @@ class Worker:
 
         Raises:
             StaleReference: nobody would read its tokens, or it was aborted already.
+            Unavailable: the worker is ending.
         """
+        if self._ended.done():
+            raise Unavailable(f"{self._spec.worker_id} is ending")
         self._hub.require(request.id.epoch)
-        if request.id in self._aborted:
-            raise StaleReference(f"{request.id} was aborted")
-        return request.id not in self._deadlines
+        return self._live.is_new(request.id)
 
     def _accept(self, request: WorkerRequest) -> None:
-        self._deadlines[request.id] = time.monotonic() + request.timeout_s + DEADLINE_GRACE_S
+        self._live.accept(request.id, time.monotonic() + request.timeout_s + DEADLINE_GRACE_S)
 
-    def _forget(self, handoff: HandoffId) -> None:
-        self._deadlines.pop(handoff, None)
+    def _end(self, handoff: HandoffId) -> None:
+        """The last word on it is said, or its KV is redeemed."""
+        self._live.end(handoff)
         if self.prefill_role is not None:
             self.prefill_role.finished(handoff)
+        if self.decode_role is not None:
+            self.decode_role.finished(handoff)
 
     def _fail(self, handoff: HandoffId, error: PdserveError) -> None:
         """End a request here with an error; the router hears of it at once."""
-        if self._deadlines.pop(handoff, None) is None:
+        if not self._live.end(handoff):
             return  # it ended already
         self.abort(handoff, error.message)
         self._hub.emit(SequenceEvent(id=handoff, index=0, error=EventError(type(error).__name__, error.message)))
@@ -296,6 +300,7 @@ class Worker:
         """A peer process died: end what waits for it, and let go of its memory."""
         logger.warning("%s is gone", worker_id)
         self._links.drop_peer(worker_id, generation)
+        self._spawn(self._peers.drop(worker_id, generation))
         if self.prefill_role is not None:
             self.prefill_role.peer_gone(worker_id, generation)
         if self.decode_role is not None:
@@ -303,10 +308,14 @@ class Worker:
 
     async def _sweep(self) -> None:
         """Deadlines of everything, also while nothing else happens."""
+        checked_s = time.monotonic()
         while True:
             await asyncio.sleep(SWEEP_S)
             now_s = time.monotonic()
-            for handoff in [handoff for handoff, deadline_s in self._deadlines.items() if now_s >= deadline_s]:
+            if now_s - checked_s >= INTEGRITY_S and not self._live.all():
+                self._engine_loop.post(lambda engine: engine.pool.check_integrity())
+                checked_s = now_s
+            for handoff in self._live.overdue(now_s):
                 self._fail(handoff, DeadlineExceeded("the deadline passed"))
             if self.prefill_role is not None:
                 self.prefill_role.sweep(now_s)
@@ -326,7 +335,7 @@ class Worker:
         spec = self._spec
         address = f"{spec.host}:{port}"
         return WorkerInfo(
-            worker=WorkerRef(spec.worker_id, secrets.randbits(63) | 1, address),
+            worker=WorkerRef(spec.worker_id, time.time_ns(), address),
             role=spec.role,
             layout=self._engine.loaded.layout,
             num_blocks=self._engine.pool.num_blocks,
@@ -349,7 +358,7 @@ class Worker:
             peers=self._peers,
             spawn=self._spawn,
             fail=self._fail,
-            done=self._forget,
+            done=self._end,
             lease_s=self._spec.kv_transfer.lease_s,
         )
 
@@ -358,7 +367,7 @@ class Worker:
             info=self.info,
             config=self._spec.kv_transfer,
             loop=self._engine_loop,
-            call_soon=self._loop.call_soon_threadsafe,
+            call_soon=self._call_soon,
             blocks=self._blocks,
             receiver=self._links,
             peers=self._peers,

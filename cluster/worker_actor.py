@@ -11,6 +11,7 @@ import asyncio
 import importlib
 import logging
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,9 @@ class WorkerActor:
         except PdserveError as error:
             logger.exception("cannot start")
             return Failure(type(error).__name__, error.message)
+        except Exception as error:
+            logger.exception("cannot start")
+            return Failure("InternalError", f"{type(error).__name__} while starting; see {self._spec.log_path}")
 
     async def run(self) -> str:
         """Wait until the worker ends; why it did."""
@@ -60,7 +64,8 @@ def load(spec: WorkerSpec) -> Any:
 def pin(cores: tuple[int, ...]) -> None:
     """Bind every thread of this process, and those to come, to `cores`."""
     for task in os.listdir("/proc/self/task"):
-        os.sched_setaffinity(int(task), cores)
+        with suppress(ProcessLookupError):  # a thread that has ended meanwhile
+            os.sched_setaffinity(int(task), cores)
 
 
 def log_to(path: Path) -> None:

@@ -21,7 +21,7 @@ from pdserve.kv_transfer.peers import Peers
 from pdserve.kv_transfer.plan import ONE_SIDED, Reach, choose_link
 from pdserve.kv_transfer.shared_pool import SharedPool
 from pdserve.kv_transfer.shm import ShmSink
-from pdserve.proto.errors import TransferFailed
+from pdserve.proto.errors import StaleReference, TransferFailed
 from pdserve.proto.types import HandoffId, KVTicket, WorkerInfo, WorkerRef
 
 MAX_TRANSFERS = 8
@@ -95,20 +95,25 @@ class WorkerLinks:
             return GlooSink(self._blocks, self._layout_hash, link_epoch, self._config.host, limit)
 
         with self._sinks.use(key, open_sink, deadline.left_s()) as (link, link_epoch):
-            if kind not in ONE_SIDED:
-                self._redeem(kind, ticket, link_epoch, link.address)
-            transfer = self._transfer(ticket.id, len(block_ids), link_epoch)
-            link.receive(transfer, ticket.block_ids, block_ids, deadline.left_s())
+            refusal = None if kind in ONE_SIDED else self._redeem(kind, ticket, link_epoch, link.address)
+            if refusal is None:
+                transfer = self._transfer(ticket.id, len(block_ids), link_epoch)
+                link.receive(transfer, ticket.block_ids, block_ids, deadline.left_s())
+        if refusal is not None:
+            raise refusal
 
-    def _redeem(self, kind: str, ticket: KVTicket, link_epoch: int, address: str) -> None:
-        """Ask the source to send, from a transfer thread."""
+    def _redeem(self, kind: str, ticket: KVTicket, link_epoch: int, address: str) -> StaleReference | None:
+        """Ask the source to send, from a transfer thread. A refusal is returned: no byte moved, the link is sound."""
         call = self._peers.redeem(ticket.source, self._info.worker, ticket.id, kind, link_epoch, address)
         waiting = asyncio.run_coroutine_threadsafe(call, self._loop)
         try:
             waiting.result(self._config.control_timeout_s + 1.0)
+        except StaleReference as refusal:
+            return refusal
         except TimeoutError as error:
             waiting.cancel()
             raise TransferFailed(f"{ticket.source.worker_id} did not answer the redemption") from error
+        return None
 
     def _send(
         self,

@@ -53,9 +53,6 @@ class WorkerServer(pb_grpc.WorkerServicer, pb_grpc.KVPeerServicer):
 
     # pdserve.internal.v1.Worker
 
-    async def Info(self, request: pb.InfoRequest, context: Context) -> pb.WorkerInfo:
-        return wire.info_to_wire(self._worker.info)
-
     async def Load(self, request: pb.LoadRequest, context: Context) -> pb.WorkerLoad:
         return wire.load_to_wire(self._worker.load_now())
 

@@ -32,6 +32,7 @@ from pdserve.kv_transfer.reservation import (
     Admit,
     Effects,
     Fail,
+    Phase,
     RenewLease,
     SendRelease,
     StartTransfer,
@@ -46,6 +47,7 @@ from pdserve.proto.status import as_typed
 from pdserve.proto.types import HandoffId, KVTicket, Phases, WorkerInfo, WorkerRef, WorkerRequest
 
 logger = logging.getLogger(__name__)
+ENDED_BY_THE_CLIENT = frozenset({"RequestCancelled", "DeadlineExceeded"})
 
 
 class Receiver(Protocol):
@@ -122,14 +124,16 @@ class DecodeRole:
         self._offer_room()
 
     def abort(self, handoff: HandoffId, reason: str) -> None:
-        self._forget(handoff)
+        self.finished(handoff)
         self._carry_out(self._table.abort(handoff, reason, time.monotonic()))
 
-    def finished(self, handoff: HandoffId) -> Phases:
-        """The sequence ended; what this role knows about where its time went."""
-        phases = self._phases.pop(handoff, Phases())
-        self._forget(handoff)
-        return phases
+    def transfer_phases(self, handoff: HandoffId) -> Phases:
+        """What this role knows about where a sequence's time went."""
+        return self._phases.get(handoff, Phases())
+
+    def finished(self, handoff: HandoffId) -> None:
+        self._requests.pop(handoff, None)
+        self._phases.pop(handoff, None)
 
     def peer_gone(self, worker_id: str, generation: int) -> None:
         """No KV will come from this process any more."""
@@ -147,10 +151,6 @@ class DecodeRole:
         for source, handoffs in self._table.due_renewals(now_s).items():
             self._spawn(self._renew(source, handoffs))
 
-    def _forget(self, handoff: HandoffId) -> None:
-        self._requests.pop(handoff, None)
-        self._phases.pop(handoff, None)
-
     def _offer_room(self) -> None:
         self._carry_out(self._table.on_room(self._room_blocks, time.monotonic()))
 
@@ -166,7 +166,8 @@ class DecodeRole:
                 case Admit():
                     self._admit(effect)
                 case Fail(id=handoff, kind=kind, message=message):
-                    self._metrics.failed(kind)
+                    if kind not in ENDED_BY_THE_CLIENT:
+                        self._metrics.failed(kind)
                     self._fail(handoff, rebuild(kind, message))
                 case Unreserve(num_blocks=num_blocks):
                     self._loop.post(_unreserve(num_blocks))
@@ -199,23 +200,23 @@ class DecodeRole:
         self._carry_out(self._table.blocks_refused(handoff, time.monotonic()))
 
     async def _transfer(self, start: StartTransfer) -> None:
-        started_s = time.monotonic()
+        """Move the bytes, check them, and report both: the wire is idle after the first, the KV is right after both."""
         reservation = self._table.reservations.get(start.id)
-        wait_s = 0.0 if reservation is None else started_s - reservation.offered_s
-        failure: PdserveError | None = None
-        link = ""
+        if reservation is None or reservation.phase is not Phase.TRANSFERRING:
+            return self._carry_out(self._table.wire_idle(start.id, time.monotonic()))
+        started_s = time.monotonic()
+        failure, link = None, ""
         try:
             link = await self._receiver.receive(start.ticket, start.block_ids)
         except Exception as error:
             failure = as_typed(error)
-        transfer_s = time.monotonic() - started_s
-        if failure is None:
+        kind, message = _described(failure)
+        if failure is None and start.id in self._requests:
+            wait_s, transfer_s = started_s - reservation.offered_s, time.monotonic() - started_s
+            self._phases[start.id] = Phases(transfer_wait_s=wait_s, transfer_s=transfer_s)
             self._metrics.waited(wait_s)
             self._metrics.moved(link, len(start.block_ids) * self._layout.block_bytes, transfer_s)
-            if start.id in self._requests:
-                self._phases[start.id] = Phases(transfer_wait_s=wait_s, transfer_s=transfer_s)
-        kind, message = _described(failure)
-        self._carry_out(self._table.transfer_ended(start.id, time.monotonic(), kind, message))
+        return self._carry_out(self._table.transfer_ended(start.id, time.monotonic(), kind, message))
 
     async def _verify(self, start: StartVerify) -> None:
         started_s = time.monotonic()

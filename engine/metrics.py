@@ -71,7 +71,7 @@ class EngineMetrics:
         if turn.step is not None:
             step = turn.step
             self._prompt_tokens.inc(step.num_prefill_tokens)
-            self._generation_tokens.inc(len(step.sequences))
+            self._generation_tokens.inc(sum(one.token is not None for one in step.sequences))
             self._preemptions.inc(len(step.preempted))
             self._busy.inc(step.duration_s)
             self._step.observe(step.duration_s)

@@ -24,9 +24,9 @@ class KVTransferConfig(BaseModel):
     renew_s: float = Field(default=5.0, gt=0)
     """How often a decode worker renews the leases it still wants; below `lease_s`."""
 
-    reserve_timeout_s: float = Field(default=60.0, gt=0)
-    """Decode worker: from the router's announcement to the prefill worker's offer."""
-    room_timeout_s: float = Field(default=30.0, gt=0)
+    reserve_timeout_s: float = Field(default=600.0, gt=0)
+    """Decode worker: from the router's announcement to the offer; the request's own deadline counts too."""
+    room_timeout_s: float = Field(default=600.0, gt=0)
     """Decode worker: from the offer until blocks are free."""
     transfer_timeout_s: float = Field(default=10.0, gt=0)
     """Either worker: one transfer, opening of the link included."""

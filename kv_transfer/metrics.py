@@ -25,7 +25,7 @@ class HandoffMetrics:
         ).labels(worker_id)
         self._seconds = Histogram(
             "pdserve_handoff_seconds",
-            "Moving and verifying one hand-off's KV.",
+            "Moving one hand-off's KV.",
             LABELS,
             buckets=HANDOFF_BUCKETS_S,
             registry=registry,

@@ -25,7 +25,7 @@ from pdserve.engine.loop import EngineLoop
 from pdserve.engine.sequence import Sequence
 from pdserve.kv_transfer.digest import block_digests
 from pdserve.kv_transfer.effects import FreeBlocks, QuarantineBlocks
-from pdserve.kv_transfer.lease import LeaseEffect, LeaseLapsed, LeaseTable, StartSend
+from pdserve.kv_transfer.lease import LeaseEffect, LeaseLapsed, LeaseState, LeaseTable, StartSend
 from pdserve.kv_transfer.peers import Peers
 from pdserve.proto.errors import PdserveError, StaleReference, TransferFailed, WorkerLost
 from pdserve.proto.status import as_typed
@@ -104,6 +104,8 @@ class PrefillRole:
     ) -> None:
         try:
             digests = await asyncio.to_thread(block_digests, handoff, self._blocks, block_ids)
+            if not self._is_leased(handoff):
+                return  # aborted meanwhile: the blocks may be another's, and the digests of another's KV
             ticket = KVTicket(
                 id=handoff,
                 source=self._identity.worker,
@@ -122,6 +124,10 @@ class PrefillRole:
             failure = as_typed(error)
             self._apply(self._leases.abort(handoff, failure.message, time.monotonic()))
             self._fail(handoff, TransferFailed(f"{target.worker_id} did not take the offer: {failure.message}"))
+
+    def _is_leased(self, handoff: HandoffId) -> bool:
+        lease = self._leases.leases.get(handoff)
+        return lease is not None and lease.state is LeaseState.LEASED
 
     def redeem(self, handoff: HandoffId, target: WorkerRef, link: str, link_epoch: int, address: str) -> None:
         """Start sending; returns at once, the bytes follow on the link.

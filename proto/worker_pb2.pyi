@@ -268,10 +268,6 @@ class Ack(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
-class InfoRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
-
 class LoadRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

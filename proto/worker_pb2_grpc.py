@@ -34,11 +34,6 @@ class WorkerStub:
         Args:
             channel: A grpc.Channel.
         """
-        self.Info = channel.unary_unary(
-                '/pdserve.internal.v1.Worker/Info',
-                request_serializer=pdserve_dot_proto_dot_worker__pb2.InfoRequest.SerializeToString,
-                response_deserializer=pdserve_dot_proto_dot_worker__pb2.WorkerInfo.FromString,
-                _registered_method=True)
         self.Load = channel.unary_unary(
                 '/pdserve.internal.v1.Worker/Load',
                 request_serializer=pdserve_dot_proto_dot_worker__pb2.LoadRequest.SerializeToString,
@@ -68,12 +63,6 @@ class WorkerStub:
 
 class WorkerServicer:
     """Missing associated documentation comment in .proto file."""
-
-    def Info(self, request, context):
-        """Missing associated documentation comment in .proto file."""
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
 
     def Load(self, request, context):
         """Missing associated documentation comment in .proto file."""
@@ -108,11 +97,6 @@ class WorkerServicer:
 
 def add_WorkerServicer_to_server(servicer, server):
     rpc_method_handlers = {
-            'Info': grpc.unary_unary_rpc_method_handler(
-                    servicer.Info,
-                    request_deserializer=pdserve_dot_proto_dot_worker__pb2.InfoRequest.FromString,
-                    response_serializer=pdserve_dot_proto_dot_worker__pb2.WorkerInfo.SerializeToString,
-            ),
             'Load': grpc.unary_unary_rpc_method_handler(
                     servicer.Load,
                     request_deserializer=pdserve_dot_proto_dot_worker__pb2.LoadRequest.FromString,
@@ -148,33 +132,6 @@ def add_WorkerServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class Worker:
     """Missing associated documentation comment in .proto file."""
-
-    @staticmethod
-    def Info(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/pdserve.internal.v1.Worker/Info',
-            pdserve_dot_proto_dot_worker__pb2.InfoRequest.SerializeToString,
-            pdserve_dot_proto_dot_worker__pb2.WorkerInfo.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
 
     @staticmethod
     def Load(request,

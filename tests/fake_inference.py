@@ -1,8 +1,8 @@
 """A scriptable Inference server in a thread of its own, for tests of what talks to the router.
 
 `Generate` answers with whatever the script yields: messages, raw bytes, or an abort. Everything it saw is kept. Scripts
-are coroutines on a loop of their own, but the server is the thread-based one: two event loops with grpc.aio in
-one process can lose each other's wake-ups. Knows nothing of the real router beyond the messages.
+are coroutines on a loop of their own, and the server is the thread-based one: grpc.aio serves only the loop under
+test. Knows nothing of the real router beyond the messages.
 """
 
 from __future__ import annotations

@@ -66,14 +66,13 @@ def test_a_damaged_state_file_is_said_to_be_damaged() -> None:
         state.read("here")
 
 
-def test_a_process_that_ignores_sigterm_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "STOP_TIMEOUT_S", 0.3)
+def test_a_process_that_ignores_sigterm_is_killed() -> None:
     script = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); input()"
     command = [sys.executable, "-c", script]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as stubborn:
         assert stubborn.stdout is not None
         stubborn.stdout.readline()
-        assert launch.stop_process(stubborn.pid)
+        assert launch.stop_process(stubborn.pid, timeout_s=0.3)
         assert stubborn.wait() == -9
 
 

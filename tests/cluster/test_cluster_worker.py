@@ -6,6 +6,7 @@ Runs in one process without Ray, so that a test can hold a transfer, spoil a blo
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from families import random_prompt, reference_generate
 from worker_pair import WAIT_S, Routerless, drained, make_request, start, worker, worker_pair
 
 from pdserve.kv_transfer.config import KVTransferConfig
+from pdserve.kv_transfer.digest import block_digests
+from pdserve.prefill_worker import role as prefill_role
 from pdserve.proto import wire
 from pdserve.proto import worker_pb2 as pb
 from pdserve.proto.types import FinishReason, HandoffId, Role
@@ -114,6 +117,65 @@ async def test_spoiled_kv_is_never_decoded_from(family_dir: FamilyDir, monkeypat
         assert ending.error.kind == "CorruptKV"
         assert not decode.tokens(id)
         await drained(prefill, decode)
+
+
+async def test_kv_of_an_aborted_request_is_never_offered(
+    family_dir: FamilyDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Aborted while its blocks are hashed: they may be another's by then, and the digests of the other's KV."""
+    async with worker_pair(family_dir("llama")) as (prefill, decode):
+        hashing, go_on = threading.Event(), threading.Event()
+        offered: list[HandoffId] = []
+
+        def held(*arguments: Any) -> tuple[int, ...]:
+            hashing.set()
+            assert go_on.wait(WAIT_S)
+            return block_digests(*arguments)
+
+        monkeypatch.setattr(prefill_role, "block_digests", held)
+        monkeypatch.setattr(decode.worker.decode_role, "offer", lambda ticket: offered.append(ticket.id))
+        id = await start(prefill, decode, make_request("hashed", random_prompt(40)))
+        await asyncio.to_thread(hashing.wait, WAIT_S)
+        await abort(prefill, id=id)  # the prefill worker loses it first: its router's stream broke, say
+        go_on.set()
+        await drained(prefill)
+        monkeypatch.undo()
+        other = await start(prefill, decode, make_request("other", random_prompt(40, 1)))
+        assert (await decode.ended(other)).finish_reason is FinishReason.LENGTH
+        assert offered == []
+        await abort(decode, id=id)
+        await drained(prefill, decode)
+
+
+async def test_a_stream_that_replaces_another_ends_what_the_other_was_told(family_dir: FamilyDir) -> None:
+    """A router that reconnects has failed its requests already: they must not run on for nobody."""
+    async with worker_pair(family_dir("llama")) as (prefill, decode):
+        id = await start(prefill, decode, make_request("before", random_prompt(30), 400))
+        await decode.wait_for(lambda: decode.tokens(id), "decoding")
+        again = Routerless(decode.worker)
+        await again.open()
+        await drained(prefill, decode)
+        await again.close()
+        await again.channel.close()
+
+
+async def test_a_failure_in_a_callback_ends_the_worker_instead_of_vanishing(
+    family_dir: FamilyDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with worker_pair(family_dir("llama")) as (prefill, decode):
+
+        def broken(*arguments: Any) -> None:
+            raise RuntimeError("cosmic ray")
+
+        monkeypatch.setattr(prefill.worker.prefill_role, "handed_off", broken)
+        id = await start(prefill, decode, make_request("doomed", random_prompt(30)))
+        ending = await prefill.ended(id)
+        assert ending.error is not None
+        assert ending.error.kind == "InternalError"
+        assert "crashed" in await asyncio.wait_for(prefill.worker.ended(), WAIT_S)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await start(prefill, decode, make_request("next", random_prompt(5)))
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
 
 
 async def test_a_router_that_goes_away_leaves_no_work_behind(family_dir: FamilyDir) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from families import random_prompt
 from harness import Cluster, running
@@ -164,11 +165,14 @@ def worker_state(status: dict[str, Any], worker_id: str) -> str:
 
 def test_serving_goes_on_without_the_controller(environment: dict[str, str], family_dir: Any) -> None:
     with running(environment, family_dir("llama"), *SMALL) as cluster:
+        pids = [one["pid"] for one in cluster.status()["workers"]]
         os.kill(controller_pid(cluster), signal.SIGKILL)
         with Client(cluster.endpoint) as client:
             completion = client.generate(random_prompt(40), max_tokens=16, ignore_eos=True)
         assert len(completion.token_ids) == 16
         assert cluster.status()["controller"] != "serving"
+    _, alive = psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=10)
+    assert not alive, "workers outlive their controller, but not their cluster"
 
 
 def controller_pid(cluster: Cluster) -> int:
