@@ -7,7 +7,6 @@ and an exit code: 0 done, 1 failed, 2 wrong usage, configuration or input. Never
 from __future__ import annotations
 
 import signal
-import subprocess
 from pathlib import Path
 from typing import Annotated
 
@@ -43,12 +42,24 @@ def up(
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)  # as Ctrl-C: whatever was started goes down again
     settings = load_config(config, override or [])
-    console = Console(stderr=True)
-    with console.status("starting") as spinner:
-        cluster, head = launch.start(settings, lambda text: spinner.update(text))
-    typer.echo(cluster.endpoint if detach else f"serving {cluster.model} at {cluster.endpoint}; Ctrl-C stops it")
-    if not detach:
-        _hold(cluster, head)
+    serving = False
+    try:
+        with Console(stderr=True).status("starting") as spinner, launch.launched(settings, spinner.update) as launched:
+            cluster, head = launched
+            spinner.stop()
+            typer.echo(
+                cluster.endpoint if detach else f"serving {cluster.model} at {cluster.endpoint}; Ctrl-C stops it"
+            )
+            serving = not detach
+            if serving:
+                head.wait()
+    except KeyboardInterrupt:
+        if not serving:
+            raise
+        typer.echo(f"{settings.name} is down")
+        return
+    if serving and head.returncode:
+        raise PdserveError(f"{settings.name} ended by itself; see {state.state_dir(settings.name) / 'head.log'}")
 
 
 @app.command()
@@ -59,19 +70,6 @@ def down(
     """Stop a running cluster and everything it started."""
     launch.stop(name)
     typer.echo(f"{name} is down")
-
-
-def _hold(cluster: state.ClusterState, head: subprocess.Popen[bytes]) -> None:
-    """Until Ctrl-C, a signal, or the head's own end."""
-    try:
-        head.wait()
-    except KeyboardInterrupt:
-        if not launch.stop_process(head.pid, cluster.stop_timeout_s):
-            raise PdserveError(f"head process {head.pid} does not end") from None
-        typer.echo(f"{cluster.name} is down")
-        return
-    if head.returncode:
-        raise PdserveError(f"{cluster.name} ended by itself; see {state.state_dir(cluster.name) / 'head.log'}")
 
 
 app.command()(one_line_errors(status))

@@ -14,6 +14,7 @@ import grpc
 
 from pdserve.proto import worker_pb2 as pb
 from pdserve.proto import worker_pb2_grpc as pb_grpc
+from pdserve.proto.channels import CHANNEL_OPTIONS
 
 logger = logging.getLogger(__name__)
 RECONNECT_S = 1.0
@@ -22,7 +23,7 @@ RECONNECT_S = 1.0
 async def watch_peers(controller: str, on_gone: Callable[[str, int], None]) -> None:
     """Call `on_gone(worker_id, generation)` once for each peer process that the controller saw die."""
     gone: set[tuple[str, int]] = set()
-    async with grpc.aio.insecure_channel(controller) as channel:
+    async with grpc.aio.insecure_channel(controller, options=CHANNEL_OPTIONS) as channel:
         while True:
             try:
                 async for fleet in pb_grpc.ControllerStub(channel).Watch(pb.WatchRequest()):

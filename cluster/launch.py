@@ -13,7 +13,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from pdserve.cluster import state
@@ -24,40 +25,51 @@ STOP_TIMEOUT_S = 60.0
 POLL_S = 1.0
 
 
-def start(config: ClusterConfig, progress: Callable[[str], None]) -> tuple[state.ClusterState, subprocess.Popen[bytes]]:
-    """Start the head process and wait until the cluster serves.
+@contextmanager
+def launched(
+    config: ClusterConfig, progress: Callable[[str], None]
+) -> Iterator[tuple[state.ClusterState, subprocess.Popen[bytes]]]:
+    """A cluster that serves, and its head process. An exception in the block, Ctrl-C included, takes it down again.
 
     Raises:
         ConfigError: a cluster of that name runs already.
-        StartupError: with the one line that says why it could not start.
+        ModelError, StartupError: with the one line that says why it could not start.
     """
     if state.read(config.name) is not None:
-        raise ConfigError(
-            f"name: a cluster named {config.name!r} is already running; `pdserve down --name {config.name}`"
-        )
+        raise ConfigError(state.already_running(config.name))
     check_model_dir(Path(config.model))
+    read_fd, write_fd = os.pipe()
+    with os.fdopen(read_fd) as lines:
+        head = _spawn_head(config, write_fd)
+        stop_timeout_s = STOP_TIMEOUT_S
+        try:
+            cluster = _follow(lines, state.state_dir(config.name), progress)
+            stop_timeout_s = cluster.stop_timeout_s
+            yield cluster, head
+        except BaseException:
+            if not stop_process(head.pid, stop_timeout_s):
+                raise PdserveError(f"head process {head.pid} does not end") from None
+            raise
+
+
+def _spawn_head(config: ClusterConfig, write_fd: int) -> subprocess.Popen[bytes]:
+    """Start the head process; it writes its progress to `write_fd`, which is closed here."""
     folder = state.prepare(config.name)
     draft = folder / f"config-{os.getpid()}.json"
     draft.write_text(config.model_dump_json(indent=1))
-    read_fd, write_fd = os.pipe()
-    with (folder / "head.log").open("ab") as log:
-        head = subprocess.Popen(
-            [sys.executable, "-m", "pdserve.cluster.head", str(draft), str(write_fd)],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            pass_fds=(write_fd,),
-            env=head_environment(config),
-            start_new_session=True,
-        )
-    os.close(write_fd)
     try:
-        with os.fdopen(read_fd) as lines:
-            return _follow(lines, folder, progress), head
-    except BaseException:
-        # Interrupted or failed: leave nothing behind.
-        stop_process(head.pid)
-        raise
+        with (folder / "head.log").open("ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "pdserve.cluster.head", str(draft), str(write_fd)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=(write_fd,),
+                env=head_environment(config),
+                start_new_session=True,
+            )
+    finally:
+        os.close(write_fd)
 
 
 def head_environment(config: ClusterConfig) -> dict[str, str]:

@@ -6,12 +6,21 @@ same number in every process, in every batch and after every restart. Knows noth
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Items
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
 MASK = 0xFFFFFFFF
 ROUNDS = 10
 
+Words = npt.NDArray[Any]
+Word = TypeVar("Word", int, Words)  # a 32-bit number, or one for each row
 
-def philox4x32(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Ten rounds over four 32-bit words of counter and two of key."""
+
+def philox4x32(counter: tuple[Word, Word, Word, Word], key: tuple[Word, Word]) -> tuple[Word, Word, Word, Word]:
+    """Ten rounds over four 32-bit words of counter and two of key. Arrays are uint64: no product overflows."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(ROUNDS):
@@ -25,3 +34,13 @@ def uniform(seed: int, position: int) -> float:
     """In [0, 1), with 53 random bits. `seed` is taken modulo 2**64."""
     words = philox4x32((position & MASK, (position >> 32) & MASK, 0, 0), (seed & MASK, (seed >> 32) & MASK))
     return ((words[0] << 32 | words[1]) >> 11) * 2.0**-53
+
+
+def uniforms(seeds: Items[int], positions: Items[int]) -> npt.NDArray[np.float64]:
+    """`uniform` of each pair, all at once. `[len(seeds)]`."""
+    seed = np.array([seed & (2**64 - 1) for seed in seeds], dtype=np.uint64)
+    position = np.array(positions, dtype=np.uint64)
+    zero = np.zeros_like(position)
+    words = philox4x32((position & MASK, position >> 32, zero, zero), (seed & MASK, seed >> 32))
+    bits: Words = (words[0] << 32 | words[1]) >> 11
+    return bits.astype(np.float64) * 2.0**-53

@@ -6,6 +6,7 @@ scheduler of one engine. Knows nothing of tensors, of other sequences or of wher
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable
 from typing import NamedTuple, Self
 
@@ -50,6 +51,29 @@ class BlockTable:
         return [block_ids[token // size] * size + token % size for token in range(start, end)]
 
 
+class TokenCounts:
+    """The distinct tokens of one sequence, in order of appearance, and how often each is in its output.
+
+    Grows with the output and is never rebuilt: a step that asks costs its new tokens, not the whole text.
+    """
+
+    def __init__(self, prompt_token_ids: Iterable[int]) -> None:
+        self.num_counted = 0  # output tokens
+        self.token_ids = array("q", dict.fromkeys(prompt_token_ids))
+        self.num_in_output = array("q", bytes(8 * len(self.token_ids)))
+        self._places = {token_id: place for place, token_id in enumerate(self.token_ids)}
+
+    def count(self, output_token_ids: Iterable[int]) -> None:
+        """These follow what is counted already."""
+        for token_id in output_token_ids:
+            place = self._places.setdefault(token_id, len(self.token_ids))
+            if place == len(self.token_ids):
+                self.token_ids.append(token_id)
+                self.num_in_output.append(0)
+            self.num_in_output[place] += 1
+            self.num_counted += 1
+
+
 class Sequence:
     """Tokens known (`token_ids`: prompt, then output) and how many of them are computed, i.e. have KV in the blocks.
 
@@ -72,6 +96,7 @@ class Sequence:
         self.first_scheduled_s: float | None = None
         self.first_token_s: float | None = None
         self.last_token_s: float | None = None
+        self._counts: TokenCounts | None = None
 
     @classmethod
     def redeemed(cls, request: WorkerRequest, first_token: int, block_ids: Iterable[int], arrival_s: float) -> Self:
@@ -122,6 +147,13 @@ class Sequence:
         self.last_token_s = now_s
         if self.first_token_s is None:
             self.first_token_s = now_s
+
+    def count_tokens(self) -> TokenCounts:
+        """Counts of all tokens known; kept from the first call on, since few requests ask for penalties."""
+        if self._counts is None:
+            self._counts = TokenCounts(self.request.prompt_token_ids)
+        self._counts.count(self.token_ids[self.num_prompt_tokens + self._counts.num_counted :])
+        return self._counts
 
     def forget(self) -> list[int]:
         """Give up all KV, to be computed again later; the tokens stay. Returns the blocks."""

@@ -1,11 +1,13 @@
 """Control calls from one worker to another: offer, redeem, renew, release. KV bytes travel over links, not here.
 
-One gRPC channel for each peer process, dropped when the peer's generation changes. Every call has a deadline, and every
-failure comes back as one of our errors. Knows nothing of what the calls mean.
+One gRPC channel for each peer process, kept until somebody says that the process is gone: a late word to a former
+generation disturbs nothing that goes to the present one. Every call has a deadline, and every failure comes back as one
+of our errors. Knows nothing of what the calls mean.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +16,8 @@ import grpc
 from pdserve.proto import wire
 from pdserve.proto import worker_pb2 as pb
 from pdserve.proto import worker_pb2_grpc as pb_grpc
+from pdserve.proto.channels import CHANNEL_OPTIONS
+from pdserve.proto.errors import WorkerLost
 from pdserve.proto.status import error_from_call
 from pdserve.proto.types import HandoffId, KVTicket, WorkerRef
 
@@ -24,6 +28,7 @@ class Peers:
     def __init__(self, timeout_s: float) -> None:
         self._timeout_s = timeout_s
         self._channels: dict[WorkerRef, grpc.aio.Channel] = {}
+        self._gone: set[tuple[str, int]] = set()
 
     async def offer(self, target: WorkerRef, ticket: KVTicket) -> None:
         request = pb.OfferRequest(ticket=wire.ticket_to_wire(ticket), target_generation=target.generation)
@@ -54,21 +59,33 @@ class Peers:
         )
         await self._call(source, "Release", request)
 
+    async def drop(self, worker_id: str, generation: int) -> None:
+        """The process is gone: calls to it that are under way, and any later ones, end with WorkerLost."""
+        self._gone.add((worker_id, generation))
+        for ref in [ref for ref in self._channels if (ref.worker_id, ref.generation) == (worker_id, generation)]:
+            await self._channels.pop(ref).close()
+
     async def close(self) -> None:
         for channel in self._channels.values():
             await channel.close()
         self._channels.clear()
 
     async def _call(self, peer: WorkerRef, method: str, request: Any) -> Any:
-        channel = await self._channel(peer)
+        stub = pb_grpc.KVPeerStub(self._channel(peer))
         try:
-            return await getattr(pb_grpc.KVPeerStub(channel), method)(request, timeout=self._timeout_s)
+            return await getattr(stub, method)(request, timeout=self._timeout_s)
         except grpc.aio.AioRpcError as error:
             raise error_from_call(error, peer.worker_id) from error
+        except (grpc.aio.UsageError, asyncio.CancelledError) as error:
+            # What closing the channel does to its calls. A cancellation of the calling task goes on.
+            task = asyncio.current_task()
+            if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+                raise
+            raise WorkerLost(f"{peer.worker_id} is gone") from error
 
-    async def _channel(self, peer: WorkerRef) -> grpc.aio.Channel:
+    def _channel(self, peer: WorkerRef) -> grpc.aio.Channel:
+        if (peer.worker_id, peer.generation) in self._gone:
+            raise WorkerLost(f"{peer.worker_id} is gone")
         if peer not in self._channels:
-            for stale in [ref for ref in self._channels if ref.worker_id == peer.worker_id]:
-                await self._channels.pop(stale).close()
-            self._channels[peer] = grpc.aio.insecure_channel(peer.address)
+            self._channels[peer] = grpc.aio.insecure_channel(peer.address, options=CHANNEL_OPTIONS)
         return self._channels[peer]

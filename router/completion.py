@@ -3,11 +3,13 @@
 Index 0 comes from the prefill side, the rest from the decode side, on two streams that may overtake each
 other; a mixed worker sends both. Each worker's own stream is in order: what repeats is dropped, what skips is
 a bug and ends the completion. Also keeps which workers may still hold something of the request, so that an
-end of any kind tells exactly those. Knows nothing of text, of deadlines or of clients.
+end of any kind tells exactly those. What a worker says of its phases replaces what it said before; a stage
+that no worker told of stays unknown. Knows nothing of text, of deadlines or of clients.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pdserve.proto.errors import InternalError, Overloaded, PdserveError, WorkerLost, rebuild
@@ -29,13 +31,14 @@ class Completion:
         self.prefill_id = prefill_id
         self.decode_id = decode_id
         self.max_buffered_tokens = max_buffered_tokens
-        self.phases = Phases()
         self.error: PdserveError | None = None
         self.holders: set[str] = set()
         self._expected = {decode_id: 1, prefill_id: 0}
         self._ready: list[TokenInfo] = []
         self._early: list[TokenInfo] = []
         self._ending: Ending | None = None
+        self._told: dict[str, Phases] = {}
+        self._has_final_phases = False
 
     @property
     def split(self) -> bool:
@@ -54,6 +57,33 @@ class Completion:
     def over(self) -> bool:
         return self.error is not None or self._ending is not None
 
+    @property
+    def phases(self) -> Phases:
+        """What the workers have told so far, added up."""
+        return sum(self._told.values(), Phases())
+
+    @property
+    def num_from_decode(self) -> int:
+        """Tokens after the first that the decode side has sent."""
+        return max(0, self._expected[self.decode_id] - 1)
+
+    def stages_s(self, measured_decode_s: float) -> Mapping[str, float]:
+        """Seconds by stage, for the stages that it went through and that are known.
+
+        `measured_decode_s` stands in for the decode worker's word where that never came: a stop string ends the
+        completion without the workers.
+        """
+        known = self.phases
+        stages: dict[str, float] = {}
+        if self.prefill_id in self._told:
+            stages |= {"queue": known.prefill_queue_s, "prefill": known.prefill_s}
+        if self.split and self.decode_id in self._told:
+            stages |= {"transfer_wait": known.transfer_wait_s, "transfer": known.transfer_s}
+            stages |= {"decode_queue": known.decode_queue_s}
+        if self.num_from_decode > 0:
+            stages |= {"decode": known.decode_s if self._has_final_phases else measured_decode_s}
+        return stages
+
     def accept(self, worker_id: str, event: SequenceEvent) -> None:
         """Take in what one worker said. A gap sets `error`; a repetition changes nothing."""
         if self.error is not None or worker_id not in self._expected:
@@ -71,7 +101,8 @@ class Completion:
         self._append(from_decode, event.tokens[max(0, expected - event.index) :])
         self._expected[worker_id] = max(expected, end)
         if event.phases is not None:
-            self.phases = self.phases + event.phases
+            self._told[worker_id] = event.phases
+            self._has_final_phases = event.finish_reason is not None
         self._conclude(worker_id, event)
 
     def lose(self, worker_id: str, why: str) -> None:

@@ -25,6 +25,7 @@ from google.protobuf.message import Message
 from pdserve.proto import wire
 from pdserve.proto import worker_pb2 as pb
 from pdserve.proto import worker_pb2_grpc as rpc
+from pdserve.proto.channels import CHANNEL_OPTIONS
 from pdserve.proto.errors import (
     DeadlineExceeded,
     DuplicateRequest,
@@ -41,14 +42,6 @@ from pdserve.proto.types import HandoffId, Role, SequenceEvent, StepOutput, Work
 from pdserve.router.policy import Pending, WorkerView
 
 LOG = logging.getLogger("pdserve.router")
-CHANNEL_OPTIONS = (
-    ("grpc.max_receive_message_length", 64 << 20),
-    ("grpc.max_send_message_length", 64 << 20),
-    ("grpc.use_local_subchannel_pool", 1),
-    ("grpc.enable_retries", 0),
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1000),
-)
 # A load that was on its way when the worker acknowledged a request does not count it; the next one does.
 LOADS_UNTIL_VISIBLE = 2
 

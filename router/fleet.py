@@ -19,8 +19,9 @@ import grpc.aio
 from pdserve.proto import wire
 from pdserve.proto import worker_pb2 as pb
 from pdserve.proto import worker_pb2_grpc as rpc
+from pdserve.proto.channels import CHANNEL_OPTIONS
 from pdserve.proto.types import WorkerInfo
-from pdserve.router.connection import CHANNEL_OPTIONS, Settings, WorkerConnection
+from pdserve.router.connection import Settings, WorkerConnection
 from pdserve.router.policy import WorkerView, pairs
 
 LOG = logging.getLogger("pdserve.router")

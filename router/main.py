@@ -2,7 +2,7 @@
 
 One JSON line on stdout when it serves: {"address": "host:port", "metrics_address": "host:port"}. SIGTERM or SIGINT,
 or with `--exit-with-parent` the end of stdin, ends it in order with exit status 0. What prevents the start is one line
-on stderr and exit status 2. Imports neither torch nor ray nor transformers.
+on stderr and exit status 2; a bug that ends it later is one line and exit status 1. Imports neither torch nor ray nor transformers.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -78,4 +79,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except StartupError as error:
         print(f"pdserve router: {error.message}", file=sys.stderr)
         return 2
+    except Exception as error:
+        print(f"pdserve router: ended by a bug: {_told_in_one_line(error)}", file=sys.stderr)
+        return 1
     return 0
+
+
+def _told_in_one_line(error: BaseException) -> str:
+    """The first cause of a group, and where it was raised."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}{where}"

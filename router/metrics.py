@@ -6,12 +6,12 @@ metrics are bound when first used and kept, never looked up per token.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from pdserve.proto.types import SLO, FinishReason, Phases, RequestTiming, Role
+from pdserve.proto.types import SLO, FinishReason, RequestTiming, Role
 
 TTFT_BUCKETS_S = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640),
@@ -96,8 +96,8 @@ class RouterMetrics:
             for state in WORKER_STATES:
                 workers.labels(role, state).set_function(partial(num_workers, role, state))
 
-    def finished(self, timing: RequestTiming, phases: Phases, reason: FinishReason) -> None:
-        """A request ended normally: latency, stages and the verdict on both targets."""
+    def finished(self, timing: RequestTiming, stages_s: Mapping[str, float], reason: FinishReason) -> None:
+        """A request ended normally: latency, the stages that are known, and the verdict on both targets."""
         self._requests.labels("OK", reason).inc()
         ttft_ms, tpot_ms, e2e_ms = timing.ttft_ms(), timing.tpot_ms(), timing.e2e_ms()
         if e2e_ms is not None:
@@ -108,11 +108,7 @@ class RouterMetrics:
             self._tpot.observe(tpot_ms / 1e3)
             self._judge("tpot", tpot_ms <= self.slo.tpot_ms)
         self._judge("all", timing.meets(self.slo))
-        durations_s = (
-            *(phases.prefill_queue_s, phases.prefill_s, phases.transfer_wait_s),
-            *(phases.transfer_s, phases.decode_queue_s, phases.decode_s),
-        )
-        for stage, duration_s in zip(STAGES, durations_s, strict=True):
+        for stage, duration_s in stages_s.items():
             self._stages[stage].observe(duration_s)
 
     def failed(self, status: str) -> None:

@@ -11,7 +11,8 @@
 Whatever the end, it happens once; every worker that may still hold something of the request is sent `Abort`
 (after its outstanding call has returned, so that an abort never overtakes what it aborts), and the next queued
 request starts. Aborts run in the pipeline's own tasks with their own deadline: neither a cancelled client nor a
-passed deadline stops them.
+passed deadline stops them. Each admission is an attempt of its own: workers remember what was aborted, and a client
+may use its id again.
 
 Knows nothing of gRPC servers, of validation or of how workers are found.
 """
@@ -19,6 +20,7 @@ Knows nothing of gRPC servers, of validation or of how workers are found.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import secrets
 import time
@@ -39,6 +41,7 @@ from pdserve.router.policy import Pending, Policy
 from pdserve.router.writer import Emit, Job, Writer
 
 LOG = logging.getLogger("pdserve.router")
+MAX_ATTEMPT = (1 << 32) - 1  # what the wire carries; it wraps
 
 
 @dataclass(slots=True)
@@ -74,6 +77,7 @@ class Pipeline:
         self._epoch = epoch
         self._decode = decode
         self._max_buffered_tokens = max_buffered_tokens
+        self._attempts = itertools.count()
         self._turn = secrets.randbelow(1 << 16)
         self._waiting: dict[str, asyncio.Future[None]] = {}
         self._runs: dict[str, _Run] = {}
@@ -159,7 +163,7 @@ class Pipeline:
                 raise InvalidRequest("input", "the prompt needs more KV blocks than any worker has")
             raise Unavailable("no worker can take the request now")
         LOG.debug("%s -> %s, %s: %s", job.request_id, placement.prefill_id, placement.decode_id, placement.reason)
-        id = HandoffId(job.request_id, 0, self._epoch)
+        id = HandoffId(job.request_id, next(self._attempts) & MAX_ATTEMPT, self._epoch)
         completion = Completion(placement.prefill_id, placement.decode_id, self._max_buffered_tokens)
         inbox = Inbox(completion)
         legs = {name: self._fleet.connection(name) for name in (placement.decode_id, placement.prefill_id)}
@@ -217,7 +221,7 @@ class Pipeline:
         completion = run.inbox.completion
         timing = writer.timing()
         reason = await writer.finish(completion, ending, timing)
-        self._metrics.finished(timing, completion.phases, reason)
+        self._metrics.finished(timing, completion.stages_s(writer.decode_s(completion)), reason)
 
     def _release(self, run: _Run) -> None:
         """Stop listening and tell every worker that may hold something. Runs on every end, without awaiting."""

@@ -7,11 +7,11 @@ has had enough. Knows nothing of workers, of deadlines or of gRPC calls.
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from pdserve.proto import inference_pb2 as pb
-from pdserve.proto.types import FinishReason, Phases, RequestTiming, SamplingParams, TokenInfo
+from pdserve.proto.types import FinishReason, RequestTiming, SamplingParams, TokenInfo
 from pdserve.router.completion import Completion, Ending
 from pdserve.router.detokenizer import Detokenizer
 from pdserve.router.metrics import RouterMetrics
@@ -46,6 +46,7 @@ class Writer:
         self._num_tokens = 0
         self._first_token_s: float | None = None
         self._last_token_s: float | None = None
+        self._second_token_s: float | None = None
 
     @property
     def stopped(self) -> str | None:
@@ -75,17 +76,17 @@ class Writer:
         """The last message. `ending` is `None` when a stop string came before any worker's end."""
         stop_text = self.stopped
         reason = FinishReason.STOP if stop_text is not None or ending is None else ending.reason
-        num_prompt_tokens = len(self._job.prompt_token_ids)
+        num_prompt_tokens, phases = len(self._job.prompt_token_ids), completion.phases
         finished = pb.Finished(
             reason=REASONS[reason],
             usage=pb.Usage(
                 prompt_tokens=num_prompt_tokens,
                 completion_tokens=self._num_tokens,
                 total_tokens=num_prompt_tokens + self._num_tokens,
-                transferred_tokens=completion.phases.transferred_tokens,
-                recomputed_tokens=completion.phases.recomputed_tokens,
+                transferred_tokens=phases.transferred_tokens,
+                recomputed_tokens=phases.recomputed_tokens,
             ),
-            timings=_timings(completion.phases, timing),
+            timings=_timings(completion.stages_s(self.decode_s(completion)), timing),
             prefill_worker=completion.prefill_id,
             decode_worker=completion.decode_id,
         )
@@ -103,6 +104,11 @@ class Writer:
             arrival_s, arrival_s, self._first_token_s, self._last_token_s, time.monotonic(), self._num_tokens
         )
 
+    def decode_s(self, completion: Completion) -> float:
+        """From the decode worker's first token to the last one, as written here."""
+        first_s = self._second_token_s if completion.split else self._first_token_s
+        return 0.0 if first_s is None or self._last_token_s is None else self._last_token_s - first_s
+
     def _note(self, num_tokens: int, now_s: float) -> None:
         if self._last_token_s is None:
             self._first_token_s = now_s
@@ -111,6 +117,8 @@ class Writer:
             self._metrics.inter_token_latency.observe((now_s - self._last_token_s) / num_tokens)
         self._last_token_s = now_s
         self._num_tokens += num_tokens
+        if self._second_token_s is None and self._num_tokens > 1:
+            self._second_token_s = now_s
         self._metrics.generation_tokens.inc(num_tokens)
 
     async def _send(self, index: int, tokens: Sequence[TokenInfo], text: str) -> None:
@@ -123,14 +131,15 @@ def _token(token: TokenInfo) -> pb.TokenInfo:
     return pb.TokenInfo(token_id=token.token_id, logprob=token.logprob, top=top)
 
 
-def _timings(phases: Phases, timing: RequestTiming) -> pb.RequestTimings:
+def _timings(stages_s: Mapping[str, float], timing: RequestTiming) -> pb.RequestTimings:
+    """A stage that is not known, or was not gone through, takes no time here."""
     return pb.RequestTimings(
-        prefill_queue_ms=phases.prefill_queue_s * 1e3,
-        prefill_ms=phases.prefill_s * 1e3,
-        transfer_wait_ms=phases.transfer_wait_s * 1e3,
-        transfer_ms=phases.transfer_s * 1e3,
-        decode_queue_ms=phases.decode_queue_s * 1e3,
-        decode_ms=phases.decode_s * 1e3,
+        prefill_queue_ms=stages_s.get("queue", 0.0) * 1e3,
+        prefill_ms=stages_s.get("prefill", 0.0) * 1e3,
+        transfer_wait_ms=stages_s.get("transfer_wait", 0.0) * 1e3,
+        transfer_ms=stages_s.get("transfer", 0.0) * 1e3,
+        decode_queue_ms=stages_s.get("decode_queue", 0.0) * 1e3,
+        decode_ms=stages_s.get("decode", 0.0) * 1e3,
         ttft_ms=timing.ttft_ms(),
         e2e_ms=timing.e2e_ms(),
     )

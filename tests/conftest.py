@@ -1,4 +1,5 @@
-"""What every test may rely on: one torch thread, no network for model files, tiny checkpoints built on demand.
+"""What every test may rely on: one torch thread, no network for model files, tiny checkpoints built on demand, and
+properties that are judged by what they say and not by how long a slow machine takes to try them.
 
 Knows no part of the project; a folder's own fixtures live in that folder's conftest.
 """
@@ -19,10 +20,16 @@ sys.path.insert(0, str(Path(__file__).parent))
 import pytest
 import torch
 from families import build_family
+from hypothesis import HealthCheck, settings
 from transformers.utils import logging as transformers_logging
 
 FamilyDir: TypeAlias = Callable[..., Path]
 
+# A run that others must be able to repeat draws the same examples each time.
+settings.register_profile(
+    "tests", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=bool(os.environ.get("CI"))
+)
+settings.load_profile("tests")
 # Two cores often run several test processes: more threads only wait for each other.
 torch.set_num_threads(1)
 transformers_logging.disable_progress_bar()

@@ -17,7 +17,8 @@ from pdserve.proto import inference_pb2_grpc as rpc
 from pdserve.proto import wire
 from pdserve.proto import worker_pb2 as wpb
 from pdserve.proto import worker_pb2_grpc as wrpc
-from pdserve.proto.errors import PdserveError
+from pdserve.proto.channels import SERVER_OPTIONS
+from pdserve.proto.errors import PdserveError, StaleReference
 from pdserve.proto.status import answer
 from pdserve.proto.types import (
     EventError,
@@ -59,7 +60,10 @@ async def until(condition: Callable[[], object], timeout_s: float = 10.0) -> Non
 
 
 class FakeWorker(wrpc.WorkerServicer):
-    """Records what it is asked; answers as `refusals` says; sends what `emit` is given."""
+    """Records what it is asked; answers as `refusals` says; sends what `emit` is given.
+
+    What was aborted is refused from then on, as a real worker does.
+    """
 
     def __init__(self, worker_id: str, role: Role, **load: Any) -> None:
         self.worker_id = worker_id
@@ -78,7 +82,7 @@ class FakeWorker(wrpc.WorkerServicer):
         self._server: grpc.aio.Server | None = None
 
     async def start(self) -> None:
-        self._server = grpc.aio.server()
+        self._server = grpc.aio.server(options=SERVER_OPTIONS)
         wrpc.add_WorkerServicer_to_server(self, self._server)
         port = self._server.add_insecure_port("127.0.0.1:0")
         await self._server.start()
@@ -122,6 +126,7 @@ class FakeWorker(wrpc.WorkerServicer):
         async def handle(message: wpb.ExpectRequest) -> wpb.Ack:
             self.log.append("Expect")
             self.expects.append(wire.request_from_wire(message.request))
+            self._require_new(self.expects[-1].id)
             return await self._reply("Expect")
 
         return await answer(context, handle, request)
@@ -131,6 +136,7 @@ class FakeWorker(wrpc.WorkerServicer):
             self.log.append("Prefill")
             prefill = wire.request_from_wire(message.request)
             self.prefills.append((prefill, message.hand_off_to.worker_id))
+            self._require_new(prefill.id)
             ack = await self._reply("Prefill")
             self.on_prefill(prefill)
             return ack
@@ -141,6 +147,10 @@ class FakeWorker(wrpc.WorkerServicer):
         self.log.append("Abort")
         self.aborts.append(wire.handoff_from_wire(request.id))
         return wpb.Ack()
+
+    def _require_new(self, id: HandoffId) -> None:
+        if id in self.aborts:
+            raise StaleReference(f"{id} was aborted")
 
     async def _reply(self, name: str) -> wpb.Ack:
         if name in self.held:
@@ -161,7 +171,7 @@ class FakeController(wrpc.ControllerServicer):
         self._server: grpc.aio.Server | None = None
 
     async def start(self, address: str = "127.0.0.1:0") -> None:
-        self._server = grpc.aio.server()
+        self._server = grpc.aio.server(options=SERVER_OPTIONS)
         wrpc.add_ControllerServicer_to_server(self, self._server)
         port = self._server.add_insecure_port(address)
         await self._server.start()

@@ -27,15 +27,21 @@ ALLOWED: dict[str, frozenset[str]] = {
 # Pure decision code. Every one of these must exist: a brain that is renamed must be renamed here.
 BRAIN_MODULES = frozenset(
     {
+        "cluster/placement.py",
+        "cluster/registry.py",
         "engine/block_pool.py",
         "engine/scheduler.py",
         "engine/sequence.py",
+        "kv_transfer/effects.py",
         "kv_transfer/lease.py",
         "kv_transfer/plan.py",
         "kv_transfer/reservation.py",
+        "kv_transfer/reservation_step.py",
+        "kv_transfer/reservations.py",
         "proto/errors.py",
         "proto/types.py",
         "router/admission.py",
+        "router/completion.py",
         "router/detokenizer.py",
         "router/policy.py",
         "router/validation.py",

@@ -94,7 +94,8 @@ async def drained(*sides: Routerless) -> None:
             for side in sides:
                 while True:
                     load = await side.stub.Load(pb.LoadRequest(), timeout=WAIT_S)
-                    if load.free_blocks == load.total_blocks and not (load.num_running or load.num_waiting):
+                    busy = load.num_running or load.num_waiting or load.reserved_blocks
+                    if load.free_blocks == load.total_blocks and not busy:
                         break
                     await asyncio.sleep(0.02)
     except TimeoutError as error:

@@ -43,22 +43,6 @@ def worker(cluster: Cluster, worker_id: str) -> dict[str, Any]:
     return next(one for one in cluster.status()["workers"] if one["worker_id"] == worker_id)
 
 
-def test_sixty_four_streams_lose_and_repeat_nothing(cluster: Cluster) -> None:
-    async def stream(client: AsyncClient, number: int) -> list[int]:
-        indices: list[int] = []
-        async with client.stream(random_prompt(5 + number, number), max_tokens=40, ignore_eos=True) as tokens:
-            async for delta in tokens:
-                indices.extend(range(delta.index, delta.index + len(delta.token_ids)))
-        return indices
-
-    async def everything() -> list[list[int]]:
-        async with AsyncClient(cluster.endpoint) as client:
-            return await asyncio.gather(*(stream(client, number) for number in range(64)))
-
-    assert asyncio.run(everything()) == [list(range(40))] * 64
-    cluster.assert_drained()
-
-
 async def cancel_after(client: AsyncClient, number: int, delay_s: float) -> int:
     """Start a long request and walk away; how many tokens came first."""
     prompt = random_prompt(random.Random(number).choice((1, 40, 200, 400)), number)

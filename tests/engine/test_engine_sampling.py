@@ -19,7 +19,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from pdserve.engine.philox import philox4x32, uniform
+from pdserve.engine import sampling
+from pdserve.engine.philox import philox4x32, uniform, uniforms
 from pdserve.engine.sampling import sample
 from pdserve.engine.sequence import Sequence
 from pdserve.proto.errors import InternalError
@@ -129,6 +130,94 @@ def test_a_row_does_not_depend_on_its_batch() -> None:
         assert batched == alone
 
 
+@pytest.mark.parametrize("num_candidates", [1, 3, 11])
+def test_looking_at_few_candidates_first_changes_nothing(num_candidates: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = sample(torch.stack([logits for logits, _ in CASES]), [of for _, of in CASES])
+    monkeypatch.setattr(sampling, "NUM_CANDIDATES", num_candidates)
+    monkeypatch.setattr(sampling, "WIDENING", 2)
+    assert sample(torch.stack([logits for logits, _ in CASES]), [of for _, of in CASES]) == whole
+
+
+def test_a_large_vocabulary_is_cut_the_same_alone_in_a_batch_and_by_a_full_sort(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rounded logits tie everywhere, also at the edge of the candidates; the spreads need few, some and all of them."""
+    vocab, cases = 5003, []
+    for seed in range(24):
+        dice = random.Random(seed)
+        spread = dice.choice([0.3, 1.0, 3.0, 6.0])
+        logits = torch.randn(vocab, generator=torch.Generator().manual_seed(seed)) * spread
+        options = random_sampling(dice) | {"temperature": 0.8, "top_p": dice.uniform(0.5, 1.0)}
+        options |= {"top_k": dice.choice([0, 0, 5, 256, 300, 4999])}
+        cases.append(((logits * 2).round() / 2, sequence([1, 2, 3], [4, 5, 4], **options)))
+    alone = [sample(logits[None], [of])[0] for logits, of in cases]
+    assert list(sample(torch.stack([logits for logits, _ in cases]), [of for _, of in cases])) == alone
+    monkeypatch.setattr(sampling, "NUM_CANDIDATES", vocab)
+    assert [sample(logits[None], [of])[0] for logits, of in cases] == alone
+
+
+def test_equal_tokens_at_the_edge_of_the_candidates_are_kept_in_order_of_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "NUM_CANDIDATES", 4)
+    many = [sequence([1], [], temperature=1.0, top_p=0.5, seed=seed) for seed in range(400)]
+    assert set(draw(torch.zeros(400, VOCAB), *many)) == set(range(VOCAB // 2))
+    many = [sequence([1], [], temperature=1.0, top_k=3, seed=seed) for seed in range(400)]
+    assert set(draw(torch.zeros(400, VOCAB), *many)) == set(range(VOCAB))
+
+
+def test_the_callers_logits_stay_as_they_are() -> None:
+    logits = torch.stack([logits for logits, _ in CASES])
+    before = logits.clone()
+    sample(logits, [of for _, of in CASES])
+    hot = [index for index, (_, of) in enumerate(CASES) if of.request.sampling.temperature > 0][:8]
+    some = logits[hot]
+    sample(some, [CASES[index][1] for index in hot])
+    assert torch.equal(logits, before)
+    assert torch.equal(some, before[hot])
+
+
+def test_weights_add_up_to_the_same_in_every_order() -> None:
+    scores = -torch.rand(150_000, generator=torch.Generator().manual_seed(0)) * 20
+    for some in (scores, torch.zeros(2**17 - 1)):
+        weights = sampling._weights(some, len(some))
+        total = int(weights.sum())
+        assert total == int(weights.flip(0).cumsum(0)[-1]) == sum(map(int, weights.tolist())) <= 2**53
+
+
+def test_a_token_that_the_model_excludes_is_never_drawn() -> None:
+    logits = row(4).index_fill(0, torch.arange(3, VOCAB), -math.inf)
+    for options in ({}, {"top_k": 30}, {"top_p": 0.999}, {"min_p": 0.001, "top_k": 30}, {"repetition_penalty": 3.0}):
+        many = [sequence([1, 9], [8], temperature=2.0, seed=seed, **options) for seed in range(200)]
+        assert set(draw(logits.expand(200, VOCAB), *many)) == {0, 1, 2}
+
+
+def test_biases_of_one_token_add_up() -> None:
+    bias = ((7, 30.0), (8, 50.0), (7, 30.0))
+    assert draw(torch.zeros(2, VOCAB), sequence([1], [], logit_bias=bias), sequence([1], [])) == [7, 0]
+
+
+def test_token_counts_follow_the_output_and_are_never_rebuilt() -> None:
+    dice, of = random.Random(5), sequence([3, 1, 3], [1, 4])
+    first = of.count_tokens()
+    for _ in range(50):
+        of.token_ids += dice.choices(range(VOCAB), k=dice.randrange(4))
+        counts, output = of.count_tokens(), of.token_ids[3:]
+        in_output = dict(zip(counts.token_ids, counts.num_in_output, strict=True))
+        assert in_output == {token: output.count(token) for token in of.token_ids}
+        assert counts is first
+        assert counts.num_counted == len(output)
+
+
+def test_penalties_see_every_token_that_was_appended_since_the_last_step() -> None:
+    """The counts are kept from step to step: each step agrees with a sequence that is counted for the first time."""
+    options = {"repetition_penalty": 1.2, "presence_penalty": 0.3, "frequency_penalty": 0.4, "temperature": 1.0}
+    kept = sequence([1, 2, 2], [], seed=9, **options)
+    for step in range(60):
+        fresh = sequence([1, 2, 2], kept.token_ids[3:], seed=9, **options)
+        (token,) = draw(row(step, 1.0)[None], kept)
+        assert token == draw(row(step, 1.0)[None], fresh)[0] == naive(row(step, 1.0).tolist(), fresh)
+        kept.token_ids.append(token)
+
+
 def test_the_kept_tokens_are_those_of_transformers() -> None:
     for seed in range(30):
         processors = LogitsProcessorList(
@@ -182,7 +271,15 @@ def test_the_number_depends_on_the_whole_seed_and_on_the_position() -> None:
     assert all(0 <= number < 1 for number in numbers)
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "seed": 3}])
+def test_numbers_drawn_together_are_those_drawn_alone() -> None:
+    dice = random.Random(0)
+    seeds = [0, 1, 2**32 - 1, 2**32, 2**64 - 1, 2**64 + 5, *(dice.randrange(2**64) for _ in range(500))]
+    positions = [dice.randrange(2**40) for _ in seeds]
+    assert uniforms(seeds, positions).tolist() == list(map(uniform, seeds, positions))
+    assert uniforms([2**64 + 5], [3]).tolist() == [uniform(5, 3)]
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "seed": 3}, {"temperature": 0.7, "top_p": 0.9}])
 def test_a_row_that_is_not_finite_fails_alone(options: dict[str, Any]) -> None:
     logits = torch.stack([row(0), row(1), row(2), torch.full((VOCAB,), -math.inf)])
     logits[1, 7] = math.nan
@@ -208,6 +305,20 @@ def test_zero_logprobs_give_the_chosen_token_only() -> None:
     assert isinstance(first, TokenInfo)
     assert isinstance(second, TokenInfo)
     assert (first.logprob is None, first.top, second.logprob, second.top) == (False, (), None, ())
+
+
+def test_equal_log_probabilities_are_listed_by_id_whatever_others_ask_for() -> None:
+    logits = torch.zeros(3, 5003).index_fill(1, torch.tensor([70, 4000]), 5.0)
+    results = sample(logits, [sequence([1], [], logprobs=number) for number in (1, 3, 20)])
+    tops = [[token for token, _ in result.top] for result in results if isinstance(result, TokenInfo)]
+    assert tops == [[70], [70, 4000, 0], [70, 4000, *range(18)]]
+
+
+def test_a_certain_token_has_log_probability_zero_and_is_listed_first() -> None:
+    (result,) = sample(
+        torch.full((1, 9), -math.inf).index_fill(1, torch.tensor(4), 1.0), [sequence([1], [], logprobs=2)]
+    )
+    assert result == TokenInfo(4, 0.0, ((4, 0.0), (0, -math.inf)))
 
 
 def test_ties_go_to_the_lowest_id() -> None:

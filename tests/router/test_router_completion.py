@@ -124,3 +124,47 @@ def test_another_workers_word_is_ignored() -> None:
     completion.accept("x", event(5, 5))
     completion.lose("x", "gone")
     assert completion.error is None
+
+
+FIRST = Phases(transfer_wait_s=0.5, transfer_s=0.25, decode_queue_s=0.125, transferred_tokens=3)
+LAST = Phases(transfer_wait_s=0.5, transfer_s=0.25, decode_queue_s=0.125, decode_s=4.0, transferred_tokens=3)
+
+
+def test_a_workers_later_word_on_its_phases_replaces_the_earlier_one() -> None:
+    completion = split()
+    completion.accept("p", event(0, 0, phases=Phases(prefill_queue_s=1.0, prefill_s=2.0)))
+    completion.accept("d", event(1, 1, phases=FIRST))
+    completion.accept("d", event(2, 2))
+    completion.accept("d", event(3, 3, phases=LAST, finish_reason=FinishReason.LENGTH))
+    assert completion.phases.transferred_tokens == 3
+    assert completion.stages_s(99.0) == {
+        "queue": 1.0,
+        "prefill": 2.0,
+        "transfer_wait": 0.5,
+        "transfer": 0.25,
+        "decode_queue": 0.125,
+        "decode": 4.0,
+    }
+
+
+def test_before_the_decode_workers_last_word_its_decoding_is_what_was_measured() -> None:
+    completion = split()
+    completion.accept("p", event(0, 0, phases=Phases(prefill_s=2.0)))
+    completion.accept("d", event(1, 1, phases=FIRST))
+    completion.accept("d", event(2, 2))
+    assert completion.phases.transferred_tokens == 3
+    assert completion.stages_s(7.0)["decode"] == 7.0
+    assert completion.stages_s(7.0)["transfer"] == 0.25
+
+
+def test_a_stage_that_nobody_told_of_or_that_it_never_went_through_is_not_there() -> None:
+    assert split().stages_s(1.0) == {}
+    only_first = split()
+    only_first.accept("p", event(0, 0, phases=Phases(prefill_s=2.0), finish_reason=FinishReason.STOP))
+    assert set(only_first.stages_s(1.0)) == {"queue", "prefill"}
+    silent = split()
+    silent.accept("d", event(1, 1))
+    assert silent.stages_s(1.0) == {"decode": 1.0}
+    mixed = Completion("m", "m", 10)
+    mixed.accept("m", event(0, 0, 1, phases=Phases(prefill_s=2.0, decode_s=3.0), finish_reason=FinishReason.STOP))
+    assert mixed.stages_s(1.0) == {"queue": 0.0, "prefill": 2.0, "decode": 3.0}

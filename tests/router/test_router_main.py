@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,7 +19,8 @@ from prometheus_client import CollectorRegistry
 from pdserve.proto.errors import ConfigError, StartupError
 from pdserve.router.app import Router
 from pdserve.router.config import RouterProcessConfig
-from pdserve.router.main import load_config
+from pdserve.router.fleet import Fleet
+from pdserve.router.main import load_config, main
 
 COMMAND = [sys.executable, "-m", "pdserve.router"]
 
@@ -103,17 +105,31 @@ def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, content: byt
     assert "\n" not in raised.value.message
 
 
-def test_a_taken_port_prevents_the_start(bare_model_dir: Path, tmp_path: Path, process: subprocess.Popen[str]) -> None:
-    assert process.stdout is not None
-    taken = json.loads(process.stdout.readline())
-    for key, address in (("port", taken["address"]), ("metrics_port", taken["metrics_address"])):
-        port = int(address.rpartition(":")[2])
-        config = write_config(tmp_path / f"{key}.json", model_dir=str(bare_model_dir), router={key: port})
-        done = subprocess.run([*COMMAND, str(config)], capture_output=True, text=True, timeout=60, check=False)
-        assert done.returncode == 2
-        assert done.stdout == ""
-        assert len(done.stderr.splitlines()) == 1
-        assert f"router.{key}" in done.stderr
+@pytest.mark.parametrize("key", ["port", "metrics_port"])
+def test_a_taken_port_prevents_the_start(
+    bare_model_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], key: str
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        config = write_config(tmp_path / "router.json", model_dir=str(bare_model_dir), router={key: port})
+        assert main([str(config)]) == 2
+    said = capfd.readouterr()
+    assert said.out == ""
+    assert len(said.err.splitlines()) == 1
+    assert f"router.{key}" in said.err
+
+
+def test_a_bug_in_a_task_ends_it_with_one_line_and_status_1(
+    bare_model_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def explode(self: Fleet) -> None:
+        raise RuntimeError("two\nlines")
+
+    monkeypatch.setattr(Fleet, "run", explode)
+    assert main([str(write_config(tmp_path / "router.json", model_dir=str(bare_model_dir)))]) == 1
+    said = capfd.readouterr()
+    assert len(said.err.splitlines()) == 1
+    assert "RuntimeError: two lines (test_router_main.py:" in said.err
 
 
 def test_the_configuration_is_frozen() -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import itertools
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import grpc
@@ -277,3 +278,43 @@ async def test_a_reader_that_stalls_is_ended_and_costs_the_others_nothing(bare_m
                 lambda: scene.metric("pdserve_requests_total", status="RESOURCE_EXHAUSTED", finish_reason="") == 1
             )
             assert (await error_of(slow)).code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+async def cancelled_by_its_client(scene: Scene, request_id: str) -> None:
+    call, _ = await started(scene, request_id=request_id)
+    await cancel(call)
+
+
+async def ended_by_its_first_token(scene: Scene, request_id: str) -> None:
+    call, id = await started(scene, request_id=request_id)
+    scene.worker("p0").emit(SequenceEvent(id, 0, tokens(1), FinishReason.STOP, stop_token_id=1))
+    await collect(call)
+
+
+async def failed_on_its_worker(scene: Scene, request_id: str) -> None:
+    call, id = await started(scene, request_id=request_id)
+    scene.worker("d0").emit(failure(id, 0, "TransferFailed"))
+    await error_of(call)
+
+
+@pytest.mark.parametrize("end", [cancelled_by_its_client, ended_by_its_first_token, failed_on_its_worker])
+async def test_a_client_may_use_its_id_again_once_the_request_has_ended(
+    scene: Scene, end: Callable[[Scene, str], Awaitable[None]]
+) -> None:
+    """Workers remember what was aborted, and refuse it."""
+    p0, d0 = scene.workers
+    for num_ended in (1, 2):
+        await end(scene, "mine")
+        await until(lambda num_ended=num_ended: len(p0.aborts) + len(d0.aborts) >= num_ended)
+        await until(lambda: scene.router.pipeline.num_inflight == 0)
+    serve_automatically(scene.workers, lambda request: range(10, 14))
+    assert (await collect(scene.stub.Generate(ask(request_id="mine")))).token_ids == [10, 11, 12, 13]
+    assert len({request.id for request, _ in p0.prefills}) == 3
+
+
+async def test_an_attempt_fits_the_wire_however_long_the_router_has_run(scene: Scene) -> None:
+    scene.router.pipeline._attempts = itertools.count((1 << 32) - 1)
+    serve_automatically(scene.workers, lambda request: [9])
+    for _ in range(2):
+        assert (await collect(scene.stub.Generate(ask(max_tokens=1)))).token_ids == [9]
+    assert [request.id.attempt for request, _ in scene.worker("p0").prefills] == [(1 << 32) - 1, 0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import urllib.request
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +222,27 @@ async def test_a_stop_string_ends_the_request_and_stops_the_workers(scene: Scene
     await until(lambda: d0.aborts == [id] and p0.aborts == [id])
 
 
+async def test_a_stop_string_leaves_a_ledger_of_the_stages_that_are_known(scene: Scene) -> None:
+    """The decode worker is told to stop, so its last word on its phases never comes; its first one has."""
+    ids = text_ids(scene, "the lazy dog sleeps")
+    call = scene.stub.Generate(pb.GenerateRequest(prompt="quick", stopping=pb.StoppingOptions(stop=["lazy"])))
+    p0, d0 = scene.workers
+    await until(lambda: p0.prefills)
+    id = p0.prefills[0][0].id
+    p0.emit(SequenceEvent(id, 0, tokens(ids[0]), phases=PREFILL_PHASES))
+    await call.read()
+    d0.emit(SequenceEvent(id, 1, tokens(ids[1]), phases=replace(DECODE_PHASES, decode_s=0.0)))
+    await call.read()
+    d0.emit(SequenceEvent(id, 2, tokens(*ids[2:])))
+    *_, last = [response async for response in responses(call)]
+    usage, timings = last.finished.usage, last.finished.timings
+    assert usage.transferred_tokens == DECODE_PHASES.transferred_tokens
+    assert timings.transfer_ms == DECODE_PHASES.transfer_s * 1e3
+    assert 0 < timings.decode_ms < timings.e2e_ms
+    assert scene.metric("pdserve_request_stage_seconds_sum", stage="decode") == pytest.approx(timings.decode_ms / 1e3)
+    assert scene.metric("pdserve_request_stage_seconds_count", stage="transfer") == 1
+
+
 async def test_a_held_back_beginning_of_a_stop_string_is_flushed_at_the_end(scene: Scene) -> None:
     ids = text_ids(scene, "dog; pack")
     serve_automatically(scene.workers, lambda request: ids)
@@ -316,6 +338,7 @@ async def test_metrics_tell_the_traffic_that_was(model_dir: Path) -> None:
         assert scene.metric("pdserve_time_to_first_token_seconds_count") == 3
         assert scene.metric("pdserve_e2e_request_latency_seconds_count") == 3
         assert scene.metric("pdserve_request_stage_seconds_sum", stage="decode") == 4.0
+        assert scene.metric("pdserve_request_stage_seconds_count", stage="decode") == 2
         assert scene.metric("pdserve_request_stage_seconds_sum", stage="prefill") == 1.5
         assert scene.metric("pdserve_slo_requests_total", slo="ttft", outcome="met") == 3
         assert scene.metric("pdserve_slo_requests_total", slo="tpot", outcome="missed") == 2

@@ -1,0 +1,120 @@
+"""Control calls between workers while peers die, restart under the same id, and are declared gone."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import pytest
+
+from pdserve.kv_transfer.peers import Peers
+from pdserve.proto import worker_pb2 as pb
+from pdserve.proto import worker_pb2_grpc as rpc
+from pdserve.proto.channels import SERVER_OPTIONS
+from pdserve.proto.errors import StaleReference, WorkerLost
+from pdserve.proto.status import answer
+from pdserve.proto.types import HandoffId, WorkerRef
+
+ID = HandoffId("r", 0, 1)
+WAIT_S = 10.0
+
+
+class Peer(rpc.KVPeerServicer):
+    """Acknowledges a release when `may_answer` is set; refuses what is for another generation."""
+
+    def __init__(self, generation: int) -> None:
+        self.generation = generation
+        self.asked = asyncio.Event()
+        self.may_answer = asyncio.Event()
+        self.server = grpc.aio.server(options=SERVER_OPTIONS)
+        rpc.add_KVPeerServicer_to_server(self, self.server)
+        self.port = self.server.add_insecure_port("127.0.0.1:0")
+
+    @property
+    def ref(self) -> WorkerRef:
+        return WorkerRef("p0", self.generation, f"127.0.0.1:{self.port}")
+
+    async def Release(self, request: pb.ReleaseRequest, context: Any) -> pb.Ack:
+        async def handle(message: pb.ReleaseRequest) -> pb.Ack:
+            if message.source_generation != self.generation:
+                raise StaleReference("another generation")
+            self.asked.set()
+            await self.may_answer.wait()
+            return pb.Ack()
+
+        return await answer(context, handle, request)
+
+
+@pytest.fixture
+async def peer() -> AsyncIterator[Peer]:
+    peer = Peer(generation=2)
+    await peer.server.start()
+    yield peer
+    await peer.server.stop(None)
+
+
+@pytest.fixture
+async def peers() -> AsyncIterator[Peers]:
+    peers = Peers(timeout_s=WAIT_S)
+    yield peers
+    await peers.close()
+
+
+async def release(peers: Peers, ref: WorkerRef) -> None:
+    await peers.release(ref, ID, "redeemed")
+
+
+async def test_a_late_word_to_a_former_generation_leaves_calls_to_the_present_one_alone(
+    peer: Peer, peers: Peers
+) -> None:
+    under_way = asyncio.create_task(release(peers, peer.ref))
+    await peer.asked.wait()
+    former = WorkerRef("p0", 1, peer.ref.address)
+    with pytest.raises(StaleReference):
+        await release(peers, former)
+    peer.may_answer.set()
+    await asyncio.wait_for(under_way, WAIT_S)
+    await release(peers, peer.ref)
+
+
+async def test_calls_to_a_process_that_is_gone_end_as_worker_lost_at_once_and_ever_after(
+    peer: Peer, peers: Peers
+) -> None:
+    under_way = asyncio.create_task(release(peers, peer.ref))
+    await peer.asked.wait()
+    await peers.drop("p0", 2)
+    with pytest.raises(WorkerLost):
+        await asyncio.wait_for(under_way, WAIT_S)
+    with pytest.raises(WorkerLost):
+        await release(peers, peer.ref)
+
+
+async def test_dropping_a_former_generation_spares_the_present_one(peer: Peer, peers: Peers) -> None:
+    peer.may_answer.set()
+    await release(peers, peer.ref)
+    await peers.drop("p0", 1)
+    await release(peers, peer.ref)
+
+
+async def test_a_call_on_a_channel_that_is_being_closed_ends_as_worker_lost(peer: Peer, peers: Peers) -> None:
+    peer.may_answer.set()
+    await release(peers, peer.ref)
+    await peers._channels[peer.ref].close()
+    with pytest.raises(WorkerLost):
+        await release(peers, peer.ref)
+
+
+async def test_a_caller_that_is_cancelled_is_cancelled(peer: Peer, peers: Peers) -> None:
+    under_way = asyncio.create_task(release(peers, peer.ref))
+    await peer.asked.wait()
+    under_way.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(under_way, WAIT_S)
+
+
+async def test_a_process_that_cannot_be_reached_is_lost(peer: Peer, peers: Peers) -> None:
+    await peer.server.stop(None)
+    with pytest.raises(WorkerLost):
+        await asyncio.wait_for(release(peers, peer.ref), WAIT_S)
