@@ -29,6 +29,7 @@ from pdserve.cluster.worker_spec import Failure, WorkerSpec
 from pdserve.proto import wire
 from pdserve.proto import worker_pb2 as pb
 from pdserve.proto import worker_pb2_grpc as pb_grpc
+from pdserve.proto.channels import CHANNEL_OPTIONS, SERVER_OPTIONS
 from pdserve.proto.errors import Unavailable
 from pdserve.proto.types import WorkerInfo
 
@@ -60,7 +61,7 @@ class Controller(pb_grpc.ControllerServicer):
 
     async def serve(self) -> tuple[str, str]:
         """Start the gRPC server and the metrics endpoint; their addresses."""
-        self._server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        self._server = grpc.aio.server(options=SERVER_OPTIONS)
         pb_grpc.add_ControllerServicer_to_server(self, self._server)
         host = self._config.kv_transfer.host
         port = self._server.add_insecure_port(f"{host}:0")
@@ -194,7 +195,7 @@ class Controller(pb_grpc.ControllerServicer):
 
     def _stub(self, address: str) -> Any:
         if address not in self._channels:
-            self._channels[address] = grpc.aio.insecure_channel(address)
+            self._channels[address] = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
         return pb_grpc.WorkerStub(self._channels[address])
 
 

@@ -43,6 +43,7 @@ STOP_TIMEOUT_S = 15.0
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # from the first moment on: ending is in order
     draft, status_fd = Path(sys.argv[1]), int(sys.argv[2])
     folder = draft.parent
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -54,7 +55,11 @@ def main() -> None:
         except PdserveError as error:
             logger.error("%s", error.message)
             if not status.closed:
-                _tell(status, error=error.message, exit_code=2 if isinstance(error, StartupError) else 1)
+                with suppress(PdserveError):  # nobody is left to be told; the log has it
+                    _tell(status, error=error.message, exit_code=2 if isinstance(error, StartupError) else 1)
+            sys.exit(1)
+        except KeyboardInterrupt:
+            logger.info("stopped while starting")
             sys.exit(1)
         finally:
             draft.unlink(missing_ok=True)
@@ -217,40 +222,61 @@ def _lock(folder: Path, name: str) -> Iterator[None]:
 @contextmanager
 def _ray_session(config: ClusterConfig, status: TextIO) -> Iterator[bool]:
     """A private Ray that dies with this process, or a joined one; whether it is private."""
-    _tell(status, progress="starting Ray" if config.ray.address is None else "joining Ray")
-    common: dict[str, Any] = {"namespace": f"pdserve-{config.name}", "log_to_driver": False, "configure_logging": False}
-    folder: str | None = None
+    private = config.ray.address is None
+    _tell(status, progress="starting Ray" if private else "joining Ray")
+    options: dict[str, Any] = {"address": config.ray.address}
+    with _ray_folder(config.name) as folder:
+        if private:
+            options = {
+                "num_cpus": os.cpu_count(),
+                "include_dashboard": False,
+                "object_store_memory": config.ray.object_store_memory_bytes,
+                "_temp_dir": str(folder),
+            }
+        try:
+            _init_ray(config, options)
+            # Ray installs a handler of its own, which exits without unwinding.
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+            yield private
+        finally:
+            ray.shutdown()
+
+
+def _init_ray(config: ClusterConfig, options: dict[str, Any]) -> None:
+    """Raises StartupError."""
     try:
-        if config.ray.address is None:
-            folder = tempfile.mkdtemp(prefix="pdserve-")  # short: Ray puts sockets below it
-            ray.init(
-                num_cpus=os.cpu_count(),
-                include_dashboard=False,
-                object_store_memory=config.ray.object_store_memory_bytes,
-                _temp_dir=folder,
-                **common,
-            )
-        else:
-            ray.init(address=config.ray.address, **common)
+        ray.init(namespace=f"pdserve-{config.name}", log_to_driver=False, configure_logging=False, **options)
     except (RayError, ConnectionError, RuntimeError, ValueError) as error:
-        raise StartupError(
-            f"ray: cannot {'start' if folder else 'join'}: {' '.join(str(error).split())[:300]}"
-        ) from error
+        why = " ".join(str(error).split())[:300]
+        raise StartupError(f"ray: cannot {'join' if config.ray.address else 'start'}: {why}") from error
+
+
+@contextmanager
+def _ray_folder(name: str) -> Iterator[Path]:
+    """A short path for Ray's sockets and logs, removed at the end; so is one that a killed head has left."""
+    note = state.state_dir(name) / "ray-folder"
+    if note.exists():
+        shutil.rmtree(note.read_text(), ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix="pdserve-"))
     try:
-        yield folder is not None
+        note.write_text(str(folder))
+        yield folder
     finally:
-        ray.shutdown()
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        note.unlink(missing_ok=True)
 
 
 def _tell(status: TextIO, **message: object) -> None:
-    """One JSON line to whoever launched us; a launcher that is gone is no reason to stop."""
+    """One JSON line to whoever launched us.
+
+    Raises:
+        StartupError: it is gone, so nobody wants the cluster.
+    """
     try:
         status.write(json.dumps(message) + "\n")
         status.flush()
-    except BrokenPipeError:
-        logger.info("nobody reads the status any more: %s", message)
+    except BrokenPipeError as error:
+        raise StartupError("whoever started this is gone") from error
 
 
 if __name__ == "__main__":

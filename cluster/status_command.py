@@ -37,7 +37,7 @@ class Snapshot:
 
     @property
     def healthy(self) -> bool:
-        alive = all(worker.member.state == "ready" for worker in self.workers)
+        alive = all(worker.member.state == "ready" and worker.HasField("load") for worker in self.workers)
         return alive and self.controller == self.router == "serving"
 
 

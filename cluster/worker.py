@@ -325,7 +325,8 @@ class Worker:
 
     def _check_quarantine(self) -> None:
         """A wire that never falls idle eats the pool: past the budget the worker gives up, to be replaced."""
-        quarantined, budget = self.load_now().quarantined_blocks, self._spec.kv_transfer.quarantine_budget_blocks
+        quarantined = self.load_now().quarantined_blocks
+        budget = min(self._spec.kv_transfer.quarantine_budget_blocks, self.info.num_blocks // 2)
         if quarantined > budget:
             raise InternalError(f"{quarantined} blocks are in quarantine, {budget} are allowed")
 

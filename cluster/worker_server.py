@@ -15,6 +15,7 @@ from pdserve.prefill_worker.role import PrefillRole
 from pdserve.proto import wire
 from pdserve.proto import worker_pb2 as pb
 from pdserve.proto import worker_pb2_grpc as pb_grpc
+from pdserve.proto.channels import SERVER_OPTIONS
 from pdserve.proto.errors import StaleReference, WrongRole
 from pdserve.proto.status import answer
 from pdserve.proto.types import HandoffId
@@ -22,7 +23,6 @@ from pdserve.proto.types import HandoffId
 if TYPE_CHECKING:
     from pdserve.cluster.worker import Worker
 
-MAX_MESSAGE_BYTES = 64 << 20
 ACK = pb.Ack()
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -32,13 +32,7 @@ class WorkerServer(pb_grpc.WorkerServicer, pb_grpc.KVPeerServicer):
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
-        self._server = grpc.aio.server(
-            options=[
-                ("grpc.so_reuseport", 0),
-                ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-                ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-            ]
-        )
+        self._server = grpc.aio.server(options=SERVER_OPTIONS)
         pb_grpc.add_WorkerServicer_to_server(self, self._server)
         pb_grpc.add_KVPeerServicer_to_server(self, self._server)
 

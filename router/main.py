@@ -2,7 +2,8 @@
 
 One JSON line on stdout when it serves: {"address": "host:port", "metrics_address": "host:port"}. SIGTERM or SIGINT,
 or with `--exit-with-parent` the end of stdin, ends it in order with exit status 0. What prevents the start is one line
-on stderr and exit status 2; a bug that ends it later is one line and exit status 1. Imports neither torch nor ray nor transformers.
+on stderr and exit status 2; a bug that ends it later is one line and exit status 1. Imports neither torch nor ray nor
+transformers.
 """
 
 from __future__ import annotations
