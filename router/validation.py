@@ -18,6 +18,7 @@ from pdserve.router.config import RouterConfig
 MAX_REQUEST_ID_CHARS = 128
 MAX_TEMPERATURE = 1e31
 MAX_PENALTY = 2.0
+MIN_REPETITION_PENALTY = 0.01  # below, scores overflow
 MAX_REPETITION_PENALTY = 100.0
 MAX_LOGIT_BIAS = 100.0
 MAX_SEED = (1 << 63) - 1
@@ -137,7 +138,7 @@ def sampling_params(
         top_k=min(_integer(options, "sampling", "top_k", 0, 0, (1 << 31) - 1), limits.vocab_size),
         top_p=_positive(options, "top_p", 1.0, 1.0),
         min_p=_number(options, "min_p", 0.0, 0.0, 1.0),
-        repetition_penalty=_positive(options, "repetition_penalty", 1.0, MAX_REPETITION_PENALTY),
+        repetition_penalty=_number(options, "repetition_penalty", 1.0, MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY),
         presence_penalty=_number(options, "presence_penalty", 0.0, -MAX_PENALTY, MAX_PENALTY),
         frequency_penalty=_number(options, "frequency_penalty", 0.0, -MAX_PENALTY, MAX_PENALTY),
         logit_bias=_logit_bias(options.logit_bias, limits.vocab_size, config.max_logit_bias),

@@ -323,8 +323,9 @@ def test_a_certain_token_has_log_probability_zero_and_is_listed_first() -> None:
 
 def test_ties_go_to_the_lowest_id() -> None:
     assert draw(torch.zeros(1, VOCAB), sequence([1], [])) == [0]
-    narrow = [sequence([1], [], temperature=1.0, top_p=1e-9, seed=seed) for seed in range(20)]
-    assert set(draw(torch.zeros(20, VOCAB), *narrow)) == {0}
+    for top_p in (0.0, 1e-9):
+        narrow = [sequence([1], [], temperature=1.0, top_p=top_p, seed=seed) for seed in range(20)]
+        assert set(draw(torch.zeros(20, VOCAB), *narrow)) == {0}
 
 
 def test_a_tiny_temperature_is_greedy_and_never_overflows() -> None:

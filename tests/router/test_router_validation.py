@@ -37,7 +37,7 @@ BAD_SAMPLING = [
     ("top_k", -1), ("top_k", -2), ("top_k", 1 << 31), ("top_k", 1 << 62),
     ("top_p", 0.0), ("top_p", -0.5), ("top_p", 1.01), ("top_p", NAN), ("top_p", INF),
     ("min_p", -0.1), ("min_p", 1.5), ("min_p", NAN),
-    ("repetition_penalty", 0.0), ("repetition_penalty", -1.0), ("repetition_penalty", 1e30),
+    ("repetition_penalty", 0.0), ("repetition_penalty", 1e-30), ("repetition_penalty", -1.0), ("repetition_penalty", 1e30),
     ("repetition_penalty", NAN),
     ("presence_penalty", 2.1), ("presence_penalty", -2.1), ("presence_penalty", NAN),
     ("frequency_penalty", 3.0), ("frequency_penalty", -INF),
