@@ -39,7 +39,7 @@ def delta(index: int, *token_ids: int, text: str = "", request_id: str = "r") ->
     return pb.GenerateResponse(request_id=request_id, output=pb.TokenOutput(index=index, tokens=tokens, text=text))
 
 
-def finished(num_tokens: int, reason: int = pb.FINISH_REASON_LENGTH, request_id: str = "r") -> pb.GenerateResponse:
+def finished(num_tokens: int, reason: Any = pb.FINISH_REASON_LENGTH, request_id: str = "r") -> pb.GenerateResponse:
     return pb.GenerateResponse(
         request_id=request_id,
         finished=pb.Finished(
@@ -181,18 +181,18 @@ def _serialize(message: Any) -> bytes:
     return message if isinstance(message, bytes) else message.SerializeToString()
 
 
-def _handlers(fake: FakeInference) -> tuple[grpc.GenericRpcHandler, ...]:
+def _handlers(fake: FakeInference) -> list[grpc.GenericRpcHandler]:
     unary = grpc.unary_unary_rpc_method_handler
-    methods = {
+    methods: dict[str, Any] = {
         "Generate": grpc.unary_stream_rpc_method_handler(fake.generate, pb.GenerateRequest.FromString, _serialize),
         "Tokenize": unary(fake.tokenize, pb.TokenizeRequest.FromString, _serialize),
         "Detokenize": unary(fake.detokenize, pb.DetokenizeRequest.FromString, _serialize),
         "GetModelInfo": unary(fake.model_info, pb.GetModelInfoRequest.FromString, _serialize),
     }
-    return (
+    return [
         grpc.method_handlers_generic_handler("pdserve.v1.Inference", methods),
         grpc.method_handlers_generic_handler("grpc.health.v1.Health", {"Check": unary(fake.health)}),
-    )
+    ]
 
 
 @contextmanager

@@ -1,3 +1,5 @@
+"""Fixtures of the client's tests: a scriptable server and both clients to it."""
+
 from collections.abc import Iterator
 
 import pytest

@@ -7,6 +7,7 @@ import gc
 import subprocess
 import sys
 import threading
+from typing import Any
 
 import grpc
 import pytest
@@ -18,7 +19,7 @@ from pdserve.proto import errors
 WAIT_S = 10
 
 
-def test_importing_the_client_needs_only_grpc_and_protobuf():
+def test_importing_the_client_needs_only_grpc_and_protobuf() -> None:
     program = """
 import sys
 class Blocker:
@@ -35,16 +36,16 @@ Client("127.0.0.1:1").close()
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
-async def both(fake: FakeInference, prompt: object, **options: object) -> list[Completion]:
+async def both(fake: FakeInference, prompt: Any, **options: Any) -> list[Completion]:
     """The same question through both clients."""
     async with AsyncClient(fake.endpoint) as client:
-        first = await client.generate(prompt, **options)  # type: ignore[arg-type]
+        first = await client.generate(prompt, **options)
     with Client(fake.endpoint) as blocking:
         second = await asyncio.to_thread(blocking.generate, prompt, **options)
     return [first, second]
 
 
-async def test_generate_returns_the_whole_answer(fake: FakeInference):
+async def test_generate_returns_the_whole_answer(fake: FakeInference) -> None:
     first, second = await both(fake, "hello", max_tokens=3, request_id="mine")
     assert first == second
     assert first.token_ids == (10, 11, 12)
@@ -53,7 +54,7 @@ async def test_generate_returns_the_whole_answer(fake: FakeInference):
     assert [request.prompt for request in fake.requests] == ["hello", "hello"]
 
 
-def test_a_stream_yields_deltas_and_then_has_the_completion(fake: FakeInference):
+def test_a_stream_yields_deltas_and_then_has_the_completion(fake: FakeInference) -> None:
     with Client(fake.endpoint) as client, client.stream([1, 2], max_tokens=2) as stream:
         with pytest.raises(RuntimeError, match="not been read"):
             _ = stream.completion
@@ -62,20 +63,20 @@ def test_a_stream_yields_deltas_and_then_has_the_completion(fake: FakeInference)
         assert list(stream) == []
 
 
-async def test_an_async_stream_yields_deltas_and_then_has_the_completion(fake: FakeInference):
+async def test_an_async_stream_yields_deltas_and_then_has_the_completion(fake: FakeInference) -> None:
     async with AsyncClient(fake.endpoint) as client, client.stream("x", max_tokens=2) as stream:
         assert [d.token_ids async for d in stream] == [(10,), (11,)]
         assert stream.completion.text == "w0 w1 "
 
 
-async def test_deltas_arrive_while_the_server_is_still_working(fake: FakeInference):
+async def test_deltas_arrive_while_the_server_is_still_working(fake: FakeInference) -> None:
     fake.script = stalls(delta(0, 5, text="a"))
     async with AsyncClient(fake.endpoint) as client, client.stream("x") as stream:
         assert (await anext(stream)).text == "a"
         assert fake.num_running == 1
 
 
-async def test_every_call_has_a_deadline(fake: FakeInference):
+async def test_every_call_has_a_deadline(fake: FakeInference) -> None:
     async with AsyncClient(fake.endpoint, timeout_s=50) as client:
         await client.generate("x")
         await client.generate("x", timeout_s=20)
@@ -87,7 +88,7 @@ async def test_every_call_has_a_deadline(fake: FakeInference):
     assert 500 < default < 602
 
 
-async def test_the_other_calls_answer(fake: FakeInference):
+async def test_the_other_calls_answer(fake: FakeInference) -> None:
     chat = [{"role": "user", "content": "hi"}]
     async with AsyncClient(fake.endpoint) as client:
         assert await client.tokenize("hi") == (104, 105)
@@ -130,14 +131,14 @@ def close_twice(client: Client) -> None:
 
 
 @pytest.mark.parametrize("leave", [leave_with, leave_loop, leave_by_error, close_twice])
-def test_leaving_a_stream_cancels_the_request_on_the_server(fake: FakeInference, leave):
+def test_leaving_a_stream_cancels_the_request_on_the_server(fake: FakeInference, leave: Any) -> None:
     fake.script = stalls(delta(0, 5))
     with Client(fake.endpoint) as client:
         leave(client)
         assert fake.cancelled.wait(WAIT_S)
 
 
-def test_a_stream_closed_from_another_thread_just_ends(fake: FakeInference):
+def test_a_stream_closed_from_another_thread_just_ends(fake: FakeInference) -> None:
     fake.script = stalls(delta(0, 5))
     with Client(fake.endpoint) as client:
         stream = client.stream("x")
@@ -149,7 +150,7 @@ def test_a_stream_closed_from_another_thread_just_ends(fake: FakeInference):
         assert fake.cancelled.wait(WAIT_S)
 
 
-async def test_leaving_an_async_stream_cancels_the_request(fake: FakeInference):
+async def test_leaving_an_async_stream_cancels_the_request(fake: FakeInference) -> None:
     fake.script = stalls(delta(0, 5))
     async with AsyncClient(fake.endpoint) as client:
         async with client.stream("x") as stream:
@@ -157,7 +158,7 @@ async def test_leaving_an_async_stream_cancels_the_request(fake: FakeInference):
         assert await asyncio.to_thread(fake.cancelled.wait, WAIT_S)
 
 
-async def test_breaking_out_of_an_async_loop_cancels_the_request(fake: FakeInference):
+async def test_breaking_out_of_an_async_loop_cancels_the_request(fake: FakeInference) -> None:
     fake.script = stalls(delta(0, 5))
     async with AsyncClient(fake.endpoint) as client:
         async for _ in client.stream("x"):
@@ -166,7 +167,7 @@ async def test_breaking_out_of_an_async_loop_cancels_the_request(fake: FakeInfer
         assert await asyncio.to_thread(fake.cancelled.wait, WAIT_S)
 
 
-async def test_cancelling_the_task_cancels_the_request_and_stays_a_cancellation(fake: FakeInference):
+async def test_cancelling_the_task_cancels_the_request_and_stays_a_cancellation(fake: FakeInference) -> None:
     fake.script = stalls(delta(0, 5))
     async with AsyncClient(fake.endpoint) as client:
         got_one = asyncio.Event()
@@ -183,7 +184,7 @@ async def test_cancelling_the_task_cancels_the_request_and_stays_a_cancellation(
         assert await asyncio.to_thread(fake.cancelled.wait, WAIT_S)
 
 
-async def test_closing_the_client_under_a_reader_is_a_typed_error(fake: FakeInference):
+async def test_closing_the_client_under_a_reader_is_a_typed_error(fake: FakeInference) -> None:
     fake.script = stalls(delta(0, 5))
     client = AsyncClient(fake.endpoint)
     stream = client.stream("x")
@@ -195,7 +196,7 @@ async def test_closing_the_client_under_a_reader_is_a_typed_error(fake: FakeInfe
     assert isinstance(reader.result(), errors.RequestCancelled)
 
 
-async def test_an_async_stream_closed_by_another_task_just_ends(fake: FakeInference):
+async def test_an_async_stream_closed_by_another_task_just_ends(fake: FakeInference) -> None:
     fake.script = stalls(delta(0, 5))
     async with AsyncClient(fake.endpoint) as client:
         stream = client.stream("x")
@@ -207,7 +208,7 @@ async def test_an_async_stream_closed_by_another_task_just_ends(fake: FakeInfere
         assert isinstance(reader.result(), StopAsyncIteration)
 
 
-async def capture(awaitable) -> BaseException | None:
+async def capture(awaitable: Any) -> BaseException | None:
     try:
         await awaitable
     except Exception as error:
@@ -221,7 +222,7 @@ ALL_CODES = [code for code in grpc.StatusCode if code is not grpc.StatusCode.OK]
 
 
 @pytest.mark.parametrize("code", ALL_CODES, ids=lambda code: code.name)
-async def test_every_status_is_a_typed_error_in_both_clients(fake: FakeInference, code: grpc.StatusCode):
+async def test_every_status_is_a_typed_error_in_both_clients(fake: FakeInference, code: grpc.StatusCode) -> None:
     fake.script = aborts(code, "n: because", delta(0, 5, text="a"))
     fake.unary_abort = (code, "n: because")
     async with AsyncClient(fake.endpoint) as client:
@@ -241,7 +242,7 @@ async def test_every_status_is_a_typed_error_in_both_clients(fake: FakeInference
         assert type(failure) is type(failures[0])
 
 
-async def test_the_retry_delay_survives_the_wire(fake: FakeInference):
+async def test_the_retry_delay_survives_the_wire(fake: FakeInference) -> None:
     trailing = (("grpc-retry-pushback-ms", "1500"),)
     fake.script = aborts(grpc.StatusCode.RESOURCE_EXHAUSTED, "queue full", trailing=trailing)
     async with AsyncClient(fake.endpoint) as client:
@@ -250,14 +251,14 @@ async def test_the_retry_delay_survives_the_wire(fake: FakeInference):
     assert error.retry_after_s == 1.5
 
 
-async def test_a_server_that_is_not_there_is_unavailable():
+async def test_a_server_that_is_not_there_is_unavailable() -> None:
     with Client("127.0.0.1:1", timeout_s=5) as blocking, pytest.raises(errors.Unavailable):
         blocking.generate("x")
     async with AsyncClient("127.0.0.1:1", timeout_s=5) as client:
         assert isinstance(await capture(client.health()), errors.Unavailable)
 
 
-async def test_a_stalled_server_ends_in_deadline_exceeded(fake: FakeInference):
+async def test_a_stalled_server_ends_in_deadline_exceeded(fake: FakeInference) -> None:
     fake.script = stalls(delta(0, 5))
     async with AsyncClient(fake.endpoint) as client:
         assert isinstance(await capture(client.generate("x", timeout_s=0.2)), errors.DeadlineExceeded)
@@ -274,7 +275,7 @@ async def test_a_stalled_server_ends_in_deadline_exceeded(fake: FakeInference):
         pytest.param(replies(), id="nothing"),
     ],
 )
-async def test_malformed_answers_are_internal_errors(fake: FakeInference, script):
+async def test_malformed_answers_are_internal_errors(fake: FakeInference, script: Any) -> None:
     fake.script = script
     async with AsyncClient(fake.endpoint) as client:
         assert isinstance(await capture(client.generate("x")), errors.InternalError)
@@ -282,7 +283,7 @@ async def test_malformed_answers_are_internal_errors(fake: FakeInference, script
         blocking.generate("x")
 
 
-async def test_a_gap_cancels_the_request_on_the_server(fake: FakeInference):
+async def test_a_gap_cancels_the_request_on_the_server(fake: FakeInference) -> None:
     fake.script = stalls(delta(0, 1), delta(5, 1))
     async with AsyncClient(fake.endpoint) as client:
         assert isinstance(await capture(client.generate("x")), errors.InternalError)
@@ -290,16 +291,16 @@ async def test_a_gap_cancels_the_request_on_the_server(fake: FakeInference):
 
 
 @pytest.mark.parametrize("endpoint", ["", "host", "host:", "host:0", "host:99999", "http://host:80", "a:b", "::1:50"])
-def test_an_endpoint_is_host_and_port(endpoint: str):
+def test_an_endpoint_is_host_and_port(endpoint: str) -> None:
     with pytest.raises(errors.InvalidRequest, match="endpoint"):
         Client(endpoint)
 
 
-def test_an_ipv6_endpoint_is_taken():
+def test_an_ipv6_endpoint_is_taken() -> None:
     Client("[::1]:50051").close()
 
 
-async def test_many_requests_share_one_client(fake: FakeInference):
+async def test_many_requests_share_one_client(fake: FakeInference) -> None:
     async with AsyncClient(fake.endpoint) as client, asyncio.TaskGroup() as tasks:
         running = [tasks.create_task(client.generate("x", max_tokens=n)) for n in range(1, 51)]
     assert [len(task.result().token_ids) for task in running] == list(range(1, 51))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from fake_inference import delta, finished
 
@@ -19,7 +21,7 @@ def fold(*responses: pb.GenerateResponse) -> Completion:
     return state.completion()
 
 
-def test_deltas_add_up_to_the_completion():
+def test_deltas_add_up_to_the_completion() -> None:
     completion = fold(delta(0, 5, text="a"), delta(1, 6, 7), delta(3, text="bc"), finished(3))
     assert completion.token_ids == (5, 6, 7)
     assert completion.text == "abc"
@@ -31,11 +33,11 @@ def test_deltas_add_up_to_the_completion():
     assert completion.stop_match is None
 
 
-def test_a_completion_may_be_empty():
+def test_a_completion_may_be_empty() -> None:
     assert fold(finished(0)).token_ids == ()
 
 
-def test_each_delta_says_where_it_belongs():
+def test_each_delta_says_where_it_belongs() -> None:
     state = CompletionFold()
     deltas = [state.add(delta(0, 5, text="a")), state.add(delta(1, 6, 7)), state.add(delta(0, text="late"))]
     assert [(d.index, d.token_ids, d.text) for d in deltas if d] == [(0, (5,), "a"), (1, (6, 7), ""), (3, (), "late")]
@@ -44,14 +46,14 @@ def test_each_delta_says_where_it_belongs():
 @pytest.mark.parametrize(
     ("finish", "match"), [({"stop_text": "END"}, "END"), ({"stop_token_id": 0}, 0), ({"stop_text": ""}, "")]
 )
-def test_what_stopped_it_is_kept_even_when_it_is_zero_or_empty(finish: dict[str, object], match: str | int):
+def test_what_stopped_it_is_kept_even_when_it_is_zero_or_empty(finish: dict[str, Any], match: str | int) -> None:
     final = pb.GenerateResponse(request_id="r", finished=pb.Finished(reason=pb.FINISH_REASON_STOP, **finish))
     completion = fold(final)
     assert completion.stop_match == match
     assert completion.finish_reason is FinishReason.STOP
 
 
-def test_logprobs_come_with_their_tokens():
+def test_logprobs_come_with_their_tokens() -> None:
     tokens = [pb.TokenInfo(token_id=4, logprob=-0.5, top=[pb.TopLogprob(token_id=4, logprob=-0.5)])]
     output = pb.GenerateResponse(request_id="r", output=pb.TokenOutput(index=0, tokens=tokens))
     assert fold(output, finished(1)).logprobs == (TokenInfo(4, -0.5, ((4, -0.5),)),)
@@ -75,6 +77,6 @@ def test_logprobs_come_with_their_tokens():
         pytest.param((None,), id="unreadable bytes"),
     ],
 )
-def test_a_server_that_breaks_the_contract_is_caught(responses: tuple[pb.GenerateResponse, ...]):
+def test_a_server_that_breaks_the_contract_is_caught(responses: tuple[pb.GenerateResponse, ...]) -> None:
     with pytest.raises(InternalError, match="malformed answer"):
         fold(*responses)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from pdserve.client.request import GenerateOptions, checked_timeout, generate_re
 from pdserve.proto.errors import InvalidRequest
 
 
-def test_text_ids_and_chat_each_fill_their_own_input():
+def test_text_ids_and_chat_each_fill_their_own_input() -> None:
     assert generate_request("hello", {}).prompt == "hello"
     assert list(generate_request([1, 2, 3], {}).token_ids.ids) == [1, 2, 3]
     chat = generate_request([{"role": "user", "content": "hi"}], {})
@@ -19,12 +20,12 @@ def test_text_ids_and_chat_each_fill_their_own_input():
     assert (chat.chat.messages[0].role, chat.chat.messages[0].content) == ("user", "hi")
 
 
-def test_an_empty_text_is_still_a_text_input():
+def test_an_empty_text_is_still_a_text_input() -> None:
     assert generate_request("", {}).WhichOneof("input") == "prompt"
     assert tokenize_request("").WhichOneof("input") == "prompt"
 
 
-def test_absent_options_stay_absent_and_zeros_are_present():
+def test_absent_options_stay_absent_and_zeros_are_present() -> None:
     message = generate_request("x", {"temperature": 0.0, "top_k": None, "seed": 0, "max_tokens": 0, "logprobs": 0})
     assert message.sampling.HasField("temperature")
     assert message.sampling.HasField("seed")
@@ -34,7 +35,7 @@ def test_absent_options_stay_absent_and_zeros_are_present():
     assert not message.sampling.HasField("top_p")
 
 
-def test_every_option_reaches_its_field():
+def test_every_option_reaches_its_field() -> None:
     message = generate_request(
         "x",
         {
@@ -68,12 +69,13 @@ def test_every_option_reaches_its_field():
     assert stopping.include_stop_str_in_output
 
 
-def test_one_stop_string_is_one_and_not_its_letters():
+def test_one_stop_string_is_one_and_not_its_letters() -> None:
     assert list(generate_request("x", {"stop": "END"}).stopping.stop) == ["END"]
 
 
-def test_numpy_token_ids_are_taken():
-    assert list(generate_request(list(np.arange(3)), {}).token_ids.ids) == [0, 1, 2]
+def test_numpy_token_ids_are_taken() -> None:
+    token_ids: list[Any] = list(np.arange(3))
+    assert list(generate_request(token_ids, {}).token_ids.ids) == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
@@ -92,7 +94,7 @@ def test_numpy_token_ids_are_taken():
         ({"ignore_eos": "yes"}, "ignore_eos"),
     ],
 )
-def test_a_value_of_the_wrong_type_is_refused_by_its_name(options: GenerateOptions, field: str):
+def test_a_value_of_the_wrong_type_is_refused_by_its_name(options: GenerateOptions, field: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         generate_request("x", options)
     assert caught.value.field == field
@@ -102,28 +104,28 @@ def test_a_value_of_the_wrong_type_is_refused_by_its_name(options: GenerateOptio
     "prompt",
     [[], b"bytes", 7, None, ["a", "b"], [1, "b"], [1.5], [2**70], "\ud800", {"role": "user"}, [{"role": "user"}]],
 )
-def test_a_prompt_that_is_none_of_the_three_is_refused(prompt: object):
+def test_a_prompt_that_is_none_of_the_three_is_refused(prompt: object) -> None:
     with pytest.raises(InvalidRequest) as caught:
         generate_request(prompt, {})  # type: ignore[arg-type]
     assert caught.value.field.startswith("prompt")
 
 
-def test_a_chat_error_names_the_message():
+def test_a_chat_error_names_the_message() -> None:
     with pytest.raises(InvalidRequest) as caught:
         generate_request([{"role": "user", "content": "a"}, {"role": "user", "content": 3}], {})  # type: ignore
     assert caught.value.field == "prompt[1].content"
 
 
-def test_an_unknown_option_is_a_type_error_as_for_any_function():
+def test_an_unknown_option_is_a_type_error_as_for_any_function() -> None:
     with pytest.raises(TypeError, match="max_new_tokens"):
         generate_request("x", {"max_new_tokens": 3})  # type: ignore[typeddict-unknown-key]
 
 
 @pytest.mark.parametrize("timeout_s", [0, -1, math.nan, math.inf, 1e12, "5"])
-def test_a_deadline_is_a_sane_number_of_seconds(timeout_s: float):
+def test_a_deadline_is_a_sane_number_of_seconds(timeout_s: float) -> None:
     with pytest.raises(InvalidRequest, match="timeout_s"):
         checked_timeout(timeout_s, 10.0)
 
 
-def test_no_timeout_means_the_clients_own():
+def test_no_timeout_means_the_clients_own() -> None:
     assert checked_timeout(None, 10.0) == 10.0

@@ -14,7 +14,6 @@ from command_runner import interrupt_main_thread, invoke
 from fake_inference import FakeInference, aborts, delta, finished, running
 
 from pdserve.client import AsyncClient
-from pdserve.cluster import chat_command
 from pdserve.cluster.chat_command import Conversation
 from pdserve.proto import inference_pb2 as pb
 
@@ -39,7 +38,7 @@ def converse(fake: FakeInference) -> None:
         runner.run(client.close())
 
 
-def test_a_piped_chat_remembers_what_was_said(fake: FakeInference):
+def test_a_piped_chat_remembers_what_was_said(fake: FakeInference) -> None:
     result = invoke(fake, "chat", "--system", "be brief", "--max-tokens", "1", stdin="one\n\ntwo\n")
     assert (result.exit_code, result.stdout) == (0, "w0 \nw0 \n")
     assert messages(fake.requests[1]) == [
@@ -50,7 +49,7 @@ def test_a_piped_chat_remembers_what_was_said(fake: FakeInference):
     ]
 
 
-def test_a_piped_chat_ends_at_its_first_failure(fake: FakeInference):
+def test_a_piped_chat_ends_at_its_first_failure(fake: FakeInference) -> None:
     fake.script = aborts(grpc.StatusCode.RESOURCE_EXHAUSTED, "full")
     result = invoke(fake, "chat", stdin="one\ntwo\n")
     assert result.exit_code == 1
@@ -60,7 +59,7 @@ def test_a_piped_chat_ends_at_its_first_failure(fake: FakeInference):
 
 def test_ctrl_c_cancels_the_answer_and_the_conversation_goes_on(
     fake: FakeInference, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
+) -> None:
     async def script(request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateResponse | bytes]:
         yield delta(0, 5, text="partial")
         if len(fake.requests) == 1:
@@ -86,7 +85,7 @@ def test_ctrl_c_cancels_the_answer_and_the_conversation_goes_on(
             raise EOFError from None
 
     fake.script = script
-    monkeypatch.setattr(chat_command.typer, "echo", watched_echo)
+    monkeypatch.setattr("pdserve.cluster.chat_command.typer.echo", watched_echo)
     monkeypatch.setattr("builtins.input", read)
     converse(fake)
     assert fake.cancelled.wait(10)
@@ -96,7 +95,7 @@ def test_ctrl_c_cancels_the_answer_and_the_conversation_goes_on(
 
 def test_an_interactive_chat_survives_a_failed_turn_and_forgets_it(
     fake: FakeInference, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
+) -> None:
     async def script(request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateResponse | bytes]:
         if len(fake.requests) == 1:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "down")

@@ -41,7 +41,7 @@ def fake() -> Iterator[FakeInference]:
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )
-def test_every_error_is_one_line_and_a_code(error: BaseException, code: int, line: str):
+def test_every_error_is_one_line_and_a_code(error: BaseException, code: int, line: str) -> None:
     def fails() -> None:
         raise error
 
@@ -49,7 +49,7 @@ def test_every_error_is_one_line_and_a_code(error: BaseException, code: int, lin
     assert (result.exit_code, result.stderr.strip(), result.stdout) == (code, line, "")
 
 
-def test_usage_errors_and_exits_pass_through_the_seam():
+def test_usage_errors_and_exits_pass_through_the_seam() -> None:
     def leaves() -> None:
         raise typer.Exit(3)
 
@@ -58,7 +58,7 @@ def test_usage_errors_and_exits_pass_through_the_seam():
     assert invoke(None, "generate", "--no-such-option").exit_code == 2
 
 
-def test_an_error_without_a_message_still_says_its_name():
+def test_an_error_without_a_message_still_says_its_name() -> None:
     assert error_line(ZeroDivisionError()) == "unexpected ZeroDivisionError:"
     assert error_line(OSError()) == "OSError"
 
@@ -68,7 +68,7 @@ def test_an_error_without_a_message_still_says_its_name():
 FAST = ["--request-rate", "500", "--num-prompts", "20", "--input-len", "8", "--output-len", "3"]
 
 
-def test_bench_json_is_one_object_of_what_was_sent(fake: FakeInference):
+def test_bench_json_is_one_object_of_what_was_sent(fake: FakeInference) -> None:
     result = invoke(fake, "bench", "--json", *FAST)
     assert result.exit_code == 0, result.output
     (report,) = lines_of(result)
@@ -79,7 +79,7 @@ def test_bench_json_is_one_object_of_what_was_sent(fake: FakeInference):
     assert all(len(request.token_ids.ids) == 8 and request.stopping.ignore_eos for request in fake.requests)
 
 
-def test_bench_prints_tables_for_people(fake: FakeInference):
+def test_bench_prints_tables_for_people(fake: FakeInference) -> None:
     result = invoke(fake, "bench", *FAST)
     assert result.exit_code == 0
     for word in ("TTFT", "TPOT", "ITL", "E2E", "goodput", "p99", "mean transfer"):
@@ -87,7 +87,7 @@ def test_bench_prints_tables_for_people(fake: FakeInference):
     assert result.stderr == ""
 
 
-def test_bench_replays_a_trace(fake: FakeInference, tmp_path: Path):
+def test_bench_replays_a_trace(fake: FakeInference, tmp_path: Path) -> None:
     path = tmp_path / "trace.csv"
     path.write_text("timestamp,input_tokens,output_tokens\n0,5,2\n10,6,0\n20,7,3\n30,8,1\n")
     args = ["--trace", str(path), "--rate-scale", "1000", "--window", "0:25", "--json"]
@@ -106,7 +106,7 @@ def test_bench_replays_a_trace(fake: FakeInference, tmp_path: Path):
         ["--trace", "x", "--request-rate", "3"],
     ],
 )
-def test_bench_refuses_a_bad_plan_before_it_sends_anything(fake: FakeInference, args: list[str]):
+def test_bench_refuses_a_bad_plan_before_it_sends_anything(fake: FakeInference, args: list[str]) -> None:
     result = invoke(fake, "bench", *args)
     assert result.exit_code == 2
     assert result.stderr.startswith("error: ")
@@ -114,7 +114,7 @@ def test_bench_refuses_a_bad_plan_before_it_sends_anything(fake: FakeInference, 
     assert fake.requests == []
 
 
-def test_a_bad_line_late_in_a_trace_is_found_before_the_load(fake: FakeInference, tmp_path: Path):
+def test_a_bad_line_late_in_a_trace_is_found_before_the_load(fake: FakeInference, tmp_path: Path) -> None:
     path = tmp_path / "trace.csv"
     path.write_text("timestamp,input_tokens,output_tokens\n0,5,2\n1,x,2\n")
     result = invoke(fake, "bench", "--trace", str(path))
@@ -123,7 +123,7 @@ def test_a_bad_line_late_in_a_trace_is_found_before_the_load(fake: FakeInference
     assert fake.requests == []
 
 
-def test_bench_counts_errors_by_code_and_fails_when_nothing_completed(fake: FakeInference):
+def test_bench_counts_errors_by_code_and_fails_when_nothing_completed(fake: FakeInference) -> None:
     fake.script = aborts(grpc.StatusCode.RESOURCE_EXHAUSTED, "full")
     result = invoke(fake, "bench", "--json", *FAST)
     assert result.exit_code == 1
@@ -132,7 +132,7 @@ def test_bench_counts_errors_by_code_and_fails_when_nothing_completed(fake: Fake
     assert lines_of(invoke(fake, "bench", "--json", *FAST))[0]["errors"] == {"INTERNAL": 20}
 
 
-def test_bench_against_nothing_is_one_line_and_exit_1():
+def test_bench_against_nothing_is_one_line_and_exit_1() -> None:
     result = invoke(None, "bench", "--endpoint", "127.0.0.1:1", "--timeout-s", "5")
     assert result.exit_code == 1
     assert result.stderr.startswith("error: ")

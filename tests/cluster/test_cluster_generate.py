@@ -26,7 +26,7 @@ def fake() -> Iterator[FakeInference]:
         yield server
 
 
-def test_a_single_prompt_is_printed_as_text(fake: FakeInference):
+def test_a_single_prompt_is_printed_as_text(fake: FakeInference) -> None:
     result = invoke(fake, "generate", "hello", "--max-tokens", "3", "--temperature", "0", "--stop", "a", "--stop", "b")
     assert (result.exit_code, result.stdout) == (0, "w0 w1 w2 \n")
     request = fake.requests[0]
@@ -36,32 +36,32 @@ def test_a_single_prompt_is_printed_as_text(fake: FakeInference):
     assert not request.stopping.HasField("ignore_eos")
 
 
-def test_json_prints_one_object(fake: FakeInference):
+def test_json_prints_one_object(fake: FakeInference) -> None:
     (answer,) = lines_of(invoke(fake, "generate", "hello", "--json", "--max-tokens", "2"))
     assert answer["token_ids"] == [10, 11]
     assert answer["finish_reason"] == "length"
     assert answer["timings"]["transfer_ms"] == 3
 
 
-def test_a_failed_single_prompt_is_one_line_and_exit_1(fake: FakeInference):
+def test_a_failed_single_prompt_is_one_line_and_exit_1(fake: FakeInference) -> None:
     fake.script = aborts(grpc.StatusCode.UNAVAILABLE, "no decode worker")
     result = invoke(fake, "generate", "hello")
     assert (result.exit_code, result.stdout, result.stderr) == (1, "", "error: no decode worker\n")
 
 
-def test_a_refused_prompt_is_exit_2(fake: FakeInference):
+def test_a_refused_prompt_is_exit_2(fake: FakeInference) -> None:
     fake.script = aborts(grpc.StatusCode.INVALID_ARGUMENT, "max_tokens: must be positive")
     assert invoke(fake, "generate", "hello").exit_code == 2
 
 
 @pytest.mark.parametrize("args", [[], ["hello", "--prompts", "x"], ["--prompts", "/no/such/file"], ["--prompts", "/"]])
-def test_no_input_two_inputs_or_a_missing_file_are_exit_2(fake: FakeInference, args: list[str]):
+def test_no_input_two_inputs_or_a_missing_file_are_exit_2(fake: FakeInference, args: list[str]) -> None:
     result = invoke(fake, "generate", *args)
     assert result.exit_code == 2
     assert result.stderr.count("\n") == 1
 
 
-def test_a_bad_endpoint_or_an_unknown_cluster_is_exit_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_bad_endpoint_or_an_unknown_cluster_is_exit_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     assert invoke(None, "generate", "x", "--endpoint", "nonsense").exit_code == 2
     result = invoke(None, "generate", "x", "--name", "nobody")
@@ -69,7 +69,7 @@ def test_a_bad_endpoint_or_an_unknown_cluster_is_exit_2(tmp_path: Path, monkeypa
     assert "nobody" in result.stderr
 
 
-def test_a_router_that_is_not_there_is_exit_1():
+def test_a_router_that_is_not_there_is_exit_1() -> None:
     result = invoke(None, "generate", "x", "--endpoint", "127.0.0.1:1", "--timeout-s", "5")
     assert result.exit_code == 1
     assert "Traceback" not in result.stderr
@@ -88,7 +88,7 @@ async def later_first(request: pb.GenerateRequest, context: Any) -> AsyncIterato
 answered: dict[int, asyncio.Event] = {}
 
 
-def test_a_file_of_prompts_is_answered_in_input_order(fake: FakeInference, tmp_path: Path):
+def test_a_file_of_prompts_is_answered_in_input_order(fake: FakeInference, tmp_path: Path) -> None:
     answered.update({number: asyncio.Event() for number in range(8)})
     fake.script = later_first
     lines = "".join(json.dumps({"prompt": str(number)}) + "\n" for number in range(8))
@@ -97,14 +97,14 @@ def test_a_file_of_prompts_is_answered_in_input_order(fake: FakeInference, tmp_p
     assert result.exit_code == 0
 
 
-def test_concurrency_is_bounded_however_long_the_input(fake: FakeInference, tmp_path: Path):
+def test_concurrency_is_bounded_however_long_the_input(fake: FakeInference, tmp_path: Path) -> None:
     stdin = '{"prompt": "x", "max_tokens": 1}\n' * 200
     result = batch(fake, tmp_path, "--concurrency", "3", lines=stdin)
     assert len(lines_of(result)) == 200
     assert fake.max_running <= 3
 
 
-def test_each_line_may_have_its_own_input_and_options(fake: FakeInference, tmp_path: Path):
+def test_each_line_may_have_its_own_input_and_options(fake: FakeInference, tmp_path: Path) -> None:
     lines = [
         {"prompt": "text", "max_tokens": 1, "logit_bias": {"5": -2.0}},
         {"prompt_token_ids": [1, 2, 3]},
@@ -118,7 +118,7 @@ def test_each_line_may_have_its_own_input_and_options(fake: FakeInference, tmp_p
     assert dict(fake.requests[0].sampling.logit_bias) == {5: -2.0}
 
 
-def test_a_bad_line_is_its_own_answer_and_the_others_go_on(fake: FakeInference, tmp_path: Path):
+def test_a_bad_line_is_its_own_answer_and_the_others_go_on(fake: FakeInference, tmp_path: Path) -> None:
     bad = [
         "{oops",
         "[1]",
@@ -146,7 +146,7 @@ def test_a_bad_line_is_its_own_answer_and_the_others_go_on(fake: FakeInference, 
     assert len(fake.requests) == 2
 
 
-def test_a_failed_request_is_its_lines_answer(fake: FakeInference, tmp_path: Path):
+def test_a_failed_request_is_its_lines_answer(fake: FakeInference, tmp_path: Path) -> None:
     async def script(request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateResponse | bytes]:
         if request.prompt == "bad":
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", (("grpc-retry-pushback-ms", "500"),))
@@ -161,7 +161,7 @@ def test_a_failed_request_is_its_lines_answer(fake: FakeInference, tmp_path: Pat
     assert [("text" in answer) for answer in answers] == [True, False, True]
 
 
-def test_ctrl_c_stops_a_batch_and_its_requests(fake: FakeInference, tmp_path: Path):
+def test_ctrl_c_stops_a_batch_and_its_requests(fake: FakeInference, tmp_path: Path) -> None:
     async def script(request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateResponse | bytes]:
         interrupt_main_thread()
         async for response in stalls()(request, context):
@@ -173,7 +173,7 @@ def test_ctrl_c_stops_a_batch_and_its_requests(fake: FakeInference, tmp_path: Pa
     assert fake.cancelled.wait(10)
 
 
-def test_ctrl_c_stops_a_single_prompt_and_its_request(fake: FakeInference):
+def test_ctrl_c_stops_a_single_prompt_and_its_request(fake: FakeInference) -> None:
     async def script(request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateResponse | bytes]:
         interrupt_main_thread()
         async for response in stalls()(request, context):
@@ -185,7 +185,7 @@ def test_ctrl_c_stops_a_single_prompt_and_its_request(fake: FakeInference):
     assert fake.cancelled.wait(10)
 
 
-def test_ctrl_c_while_waiting_for_more_input_leaves(fake: FakeInference):
+def test_ctrl_c_while_waiting_for_more_input_leaves(fake: FakeInference) -> None:
     """A pipe that stays open: the command is blocked in a read, with one answer printed."""
     command = [sys.executable, "-m", "pdserve.cluster.cli", "generate", "--prompts", "-", "--endpoint", fake.endpoint]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -200,7 +200,7 @@ def test_ctrl_c_while_waiting_for_more_input_leaves(fake: FakeInference):
         assert process.stderr.read() == b"interrupted\n"
 
 
-def test_a_reader_that_leaves_early_ends_the_batch(fake: FakeInference):
+def test_a_reader_that_leaves_early_ends_the_batch(fake: FakeInference) -> None:
     command = [sys.executable, "-m", "pdserve.cluster.cli", "generate", "--prompts", "-", "--endpoint", fake.endpoint]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdin is not None

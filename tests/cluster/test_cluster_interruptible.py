@@ -10,7 +10,7 @@ import pytest
 from pdserve.cluster.interruptible import run_interruptible
 
 
-def test_the_result_comes_through_and_the_handler_is_put_back():
+def test_the_result_comes_through_and_the_handler_is_put_back() -> None:
     async def work() -> int:
         return 7
 
@@ -19,7 +19,7 @@ def test_the_result_comes_through_and_the_handler_is_put_back():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_an_error_comes_through():
+def test_an_error_comes_through() -> None:
     async def work() -> None:
         raise ZeroDivisionError
 
@@ -27,7 +27,7 @@ def test_an_error_comes_through():
         run_interruptible(runner, work())
 
 
-def test_ctrl_c_cancels_waits_for_the_clean_up_and_leaves_the_loop_usable():
+def test_ctrl_c_cancels_waits_for_the_clean_up_and_leaves_the_loop_usable() -> None:
     steps: list[str] = []
 
     async def work() -> None:
@@ -45,7 +45,7 @@ def test_ctrl_c_cancels_waits_for_the_clean_up_and_leaves_the_loop_usable():
     assert steps == ["cleaned up"] * 3
 
 
-def test_a_cancellation_from_inside_is_not_taken_for_ctrl_c():
+def test_a_cancellation_from_inside_is_not_taken_for_ctrl_c() -> None:
     async def work() -> None:
         raise asyncio.CancelledError
 

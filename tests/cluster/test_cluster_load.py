@@ -8,6 +8,7 @@ import itertools
 import statistics
 from array import array
 from collections.abc import Callable, Coroutine, Iterator
+from typing import Any
 
 import grpc
 import numpy as np
@@ -74,7 +75,7 @@ class Server:
         return Timings(prefill_queue_ms=1, prefill_ms=2, transfer_wait_ms=3, transfer_ms=4, decode_ms=5)
 
 
-def generator(exchange, clock: ManualClock, max_concurrency: int = 10_000, **options) -> LoadGenerator:
+def generator(exchange: Any, clock: ManualClock, max_concurrency: int = 10_000, **options: Any) -> LoadGenerator:
     prompts = PromptMaker(64, [2], seed=0)
     return LoadGenerator(exchange, prompts, max_model_len=1000, max_concurrency=max_concurrency, clock=clock, **options)
 
@@ -83,7 +84,7 @@ def every(gap_s: float, count: int, max_tokens: int = 1) -> list[Arrival]:
     return [Arrival(number * gap_s, 4, max_tokens) for number in range(count)]
 
 
-async def test_a_stall_shows_in_every_request_that_was_due_during_it():
+async def test_a_stall_shows_in_every_request_that_was_due_during_it() -> None:
     clock = ManualClock()
     server = Server(clock, stall_s=(2.0, 7.0))
     result = await clock.drive(generator(server, clock).run(every(0.1, 100)))
@@ -98,7 +99,7 @@ async def test_a_stall_shows_in_every_request_that_was_due_during_it():
     assert report.max_send_lag_ms == pytest.approx(0, abs=1e-6)
 
 
-async def test_a_cap_on_concurrency_is_counted_in_latency_and_reported():
+async def test_a_cap_on_concurrency_is_counted_in_latency_and_reported() -> None:
     clock = ManualClock()
     server = Server(clock, service_s=0.2)
     result = await clock.drive(generator(server, clock, max_concurrency=1).run(every(0.1, 50)))
@@ -112,7 +113,7 @@ async def test_a_cap_on_concurrency_is_counted_in_latency_and_reported():
     assert report.num_late > 40
 
 
-async def test_a_plan_that_falls_behind_keeps_its_schedule():
+async def test_a_plan_that_falls_behind_keeps_its_schedule() -> None:
     """A slow prompt source makes sends late; the lateness is latency."""
     clock = ManualClock()
 
@@ -125,7 +126,7 @@ async def test_a_plan_that_falls_behind_keeps_its_schedule():
     assert [record.timing.ttft_ms() for record in result.records] == pytest.approx([1000, 1900, 2800])
 
 
-async def test_requests_go_out_at_their_times_in_their_lengths():
+async def test_requests_go_out_at_their_times_in_their_lengths() -> None:
     clock = ManualClock()
     seen: list[tuple[float, int, int]] = []
 
@@ -140,7 +141,7 @@ async def test_requests_go_out_at_their_times_in_their_lengths():
     assert len(done) == 3
 
 
-async def test_one_failure_is_a_result_and_the_others_go_on():
+async def test_one_failure_is_a_result_and_the_others_go_on() -> None:
     clock = ManualClock()
     numbers = itertools.count()
 
@@ -155,7 +156,7 @@ async def test_one_failure_is_a_result_and_the_others_go_on():
     assert report.first_error == "queue full"
 
 
-async def test_a_bug_ends_the_run_instead_of_counting_as_an_error():
+async def test_a_bug_ends_the_run_instead_of_counting_as_an_error() -> None:
     clock = ManualClock()
 
     async def exchange(prompt: list[int], max_tokens: int, on_tokens: Callable[[int], None]) -> None:
@@ -166,7 +167,7 @@ async def test_a_bug_ends_the_run_instead_of_counting_as_an_error():
     assert caught.group_contains(ZeroDivisionError)
 
 
-async def test_goodput_needs_both_targets():
+async def test_goodput_needs_both_targets() -> None:
     clock = ManualClock()
     result = await clock.drive(generator(Server(clock, service_s=0.2), clock).run(every(1.0, 10, max_tokens=11)))
     both, no_ttft, no_tpot = (summarize(result, SLO(*slo)) for slo in ((250, 15), (150, 15), (250, 5)))
@@ -187,7 +188,7 @@ def record(*token_times_s: float, code: str | None = None) -> RequestRecord:
     return RequestRecord(timing, 1, array("d", token_times_s), None, code)
 
 
-def test_tokens_of_one_message_have_no_gap_between_them():
+def test_tokens_of_one_message_have_no_gap_between_them() -> None:
     result = LoadResult((record(1.0, 1.0, 1.0, 2.0),), 0.0, 2.0, 0, 0)
     report = summarize(result, SLO(1000, 1000))
     assert report.itl is not None
@@ -196,7 +197,7 @@ def test_tokens_of_one_message_have_no_gap_between_them():
     assert report.tpot.mean_ms == pytest.approx(1000 / 3)
 
 
-def test_failed_requests_are_missed_and_do_not_flatter_the_latency():
+def test_failed_requests_are_missed_and_do_not_flatter_the_latency() -> None:
     result = LoadResult((record(5.0), record(0.001, code="UNAVAILABLE")), 0.0, 5.0, 0, 0)
     report = summarize(result, SLO(10_000, 100))
     assert report.ttft is not None
@@ -204,14 +205,14 @@ def test_failed_requests_are_missed_and_do_not_flatter_the_latency():
     assert report.attainment == 0.5
 
 
-def test_nothing_measured_is_none_and_not_zero():
+def test_nothing_measured_is_none_and_not_zero() -> None:
     report = summarize(LoadResult((), 0.0, 0.0, 0, 0), SLO(1, 1))
     assert (report.ttft, report.itl, report.attainment, report.phase_means_ms) == (None, None, 0.0, {})
     assert render(report)
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 1000])
-def test_percentiles_are_those_of_numpy_and_of_the_standard_library(count: int):
+def test_percentiles_are_those_of_numpy_and_of_the_standard_library(count: int) -> None:
     values = np.random.default_rng(count).exponential(100, count).tolist()
     found = spread([*values, None])
     assert found is not None
@@ -231,7 +232,7 @@ def fake() -> Iterator[FakeInference]:
         yield server
 
 
-async def test_the_client_exchange_asks_for_exact_lengths(fake: FakeInference):
+async def test_the_client_exchange_asks_for_exact_lengths(fake: FakeInference) -> None:
     async with AsyncClient(fake.endpoint) as client:
         load = LoadGenerator(
             ClientExchange(client, 30.0), PromptMaker(64, [2, 7], 0), max_model_len=100, max_concurrency=8
@@ -246,7 +247,7 @@ async def test_the_client_exchange_asks_for_exact_lengths(fake: FakeInference):
     assert result.records[0].phases == Timings(prefill_queue_ms=1, prefill_ms=2, transfer_ms=3, decode_ms=4, e2e_ms=10)
 
 
-async def test_an_answer_that_breaks_off_is_an_error_with_the_tokens_that_came(fake: FakeInference):
+async def test_an_answer_that_breaks_off_is_an_error_with_the_tokens_that_came(fake: FakeInference) -> None:
     fake.script = aborts(grpc.StatusCode.UNAVAILABLE, "worker died", delta(0, 1, 2))
     async with AsyncClient(fake.endpoint) as client:
         load = LoadGenerator(ClientExchange(client, 30.0), PromptMaker(64, [], 0), max_model_len=100, max_concurrency=1)

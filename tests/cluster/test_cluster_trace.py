@@ -44,25 +44,25 @@ def load(folder: Path, content: str | bytes, **options: object) -> list[Arrival]
     return list(Trace(write(folder, content), TraceOptions(**options)))  # type: ignore[arg-type]
 
 
-def test_csv_with_date_times(tmp_path: Path):
+def test_csv_with_date_times(tmp_path: Path) -> None:
     found = load(tmp_path, AZURE)
     assert [(a.num_prompt_tokens, a.max_tokens) for a in found] == [(374, 44), (396, 109), (5, 6)]
     assert [a.at_s for a in found] == pytest.approx([0.0, 4.0, 20653.31941], abs=1e-4)
 
 
-def test_date_times_with_a_zone_keep_their_distance(tmp_path: Path):
+def test_date_times_with_a_zone_keep_their_distance(tmp_path: Path) -> None:
     content = (
         "TIMESTAMP,ContextTokens,GeneratedTokens\n2024-05-10 00:00:00.5+00:00,1,2\n2024-05-10 02:00:01.5+02:00,1,2\n"
     )
     assert [a.at_s for a in load(tmp_path, content)] == [0.0, 1.0]
 
 
-def test_csv_with_seconds(tmp_path: Path):
+def test_csv_with_seconds(tmp_path: Path) -> None:
     assert load(tmp_path, BURSTGPT) == [Arrival(0.0, 472, 18), Arrival(2.5, 10, 20)]
     assert [(a.num_prompt_tokens, a.max_tokens) for a in load(tmp_path, SERVEGEN)] == [(594, 214), (45, 437)]
 
 
-def test_jsonl_spreads_a_coarse_stamp_until_the_next(tmp_path: Path):
+def test_jsonl_spreads_a_coarse_stamp_until_the_next(tmp_path: Path) -> None:
     content = mooncake((0, 10, 1), (0, 20, 2), (0, 30, 3), (3000, 40, 4), (3000, 50, 5), (13000, 60, 6), (13000, 70, 7))
     found = load(tmp_path, content)
     assert [a.at_s for a in found] == pytest.approx([0, 1, 2, 3, 4.5, 13, 14.5])
@@ -72,7 +72,7 @@ def test_jsonl_spreads_a_coarse_stamp_until_the_next(tmp_path: Path):
 
 
 @pytest.mark.parametrize("content", [AZURE, BURSTGPT, SERVEGEN, mooncake((0, 1, 2), (1000, 3, 4))])
-def test_gzip_crlf_bom_blank_lines_and_a_missing_last_newline_change_nothing(tmp_path: Path, content: str):
+def test_gzip_crlf_bom_blank_lines_and_a_missing_last_newline_change_nothing(tmp_path: Path, content: str) -> None:
     plain = load(tmp_path, content)
     lines = content.splitlines()
     assert load(tmp_path, gzip.compress(content.encode())) == plain
@@ -81,7 +81,7 @@ def test_gzip_crlf_bom_blank_lines_and_a_missing_last_newline_change_nothing(tmp
     assert load(tmp_path, "\n\n" + "\n \n".join(lines)) == plain
 
 
-def test_scaling_and_the_window(tmp_path: Path):
+def test_scaling_and_the_window(tmp_path: Path) -> None:
     rows = mooncake(*((second * 1000, 100, 10) for second in range(10)))
     assert [a.at_s for a in load(tmp_path, rows, rate_scale=4.0)] == pytest.approx([s / 4 for s in range(10)])
     cut = load(tmp_path, rows, window_s=(3.0, 6.0), rate_scale=2.0)
@@ -89,7 +89,7 @@ def test_scaling_and_the_window(tmp_path: Path):
     assert {(a.num_prompt_tokens, a.max_tokens) for a in load(tmp_path, rows, length_scale=0.05)} == {(5, 1)}
 
 
-def test_empty_requests_are_skipped_and_counted(tmp_path: Path):
+def test_empty_requests_are_skipped_and_counted(tmp_path: Path) -> None:
     trace = Trace(write(tmp_path, "timestamp,input_tokens,output_tokens\n0,5,0\n1,0,5\n2,5,5\n"))
     assert list(trace) == [Arrival(2.0, 5, 5)]
     assert trace.num_skipped == 2
@@ -134,7 +134,7 @@ HEAD = "timestamp,input_tokens,output_tokens\n0,1,1\n"
         pytest.param(b"\x1f\x8bjunk junk junk", "cannot be read", id="not really gzip"),
     ],
 )
-def test_a_bad_file_is_one_typed_error_that_names_the_line(tmp_path: Path, content: str | bytes, message: str):
+def test_a_bad_file_is_one_typed_error_that_names_the_line(tmp_path: Path, content: str | bytes, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load(tmp_path, content)
     assert message in caught.value.message
@@ -142,23 +142,23 @@ def test_a_bad_file_is_one_typed_error_that_names_the_line(tmp_path: Path, conte
 
 
 @pytest.mark.parametrize("name", ["missing", "."])
-def test_a_file_that_cannot_be_opened_is_a_typed_error(tmp_path: Path, name: str):
+def test_a_file_that_cannot_be_opened_is_a_typed_error(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         list(Trace(tmp_path / name))
 
 
-def test_an_empty_window_says_so(tmp_path: Path):
+def test_an_empty_window_says_so(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="in the window 50:60"):
         load(tmp_path, AZURE.rsplit("2023", 1)[0], window_s=(50.0, 60.0))
 
 
 @pytest.mark.parametrize("options", [{"rate_scale": 0}, {"rate_scale": -1}, {"length_scale": 0}, {"spread_s": -1}])
-def test_options_out_of_range_are_refused(tmp_path: Path, options: dict[str, float]):
+def test_options_out_of_range_are_refused(tmp_path: Path, options: dict[str, float]) -> None:
     with pytest.raises(ConfigError):
         load(tmp_path, AZURE, **options)
 
 
-def test_windows_are_written_start_colon_end():
+def test_windows_are_written_start_colon_end() -> None:
     assert parse_window("5:10") == (5.0, 10.0)
     assert parse_window(":10") == (0.0, 10.0)
     assert parse_window("5:") == (5.0, float("inf"))
@@ -167,7 +167,7 @@ def test_windows_are_written_start_colon_end():
             parse_window(bad)
 
 
-def test_a_long_trace_is_never_whole_in_memory(tmp_path: Path):
+def test_a_long_trace_is_never_whole_in_memory(tmp_path: Path) -> None:
     path = write(tmp_path, HEAD + "".join(f"{n},5,5\n" for n in range(1, 20_000)))
     tracemalloc.start()
     try:

@@ -7,6 +7,7 @@ import random
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from engine_runs import request
@@ -188,6 +189,16 @@ def test_a_token_that_the_model_excludes_is_never_drawn() -> None:
     for options in ({}, {"top_k": 30}, {"top_p": 0.999}, {"min_p": 0.001, "top_k": 30}, {"repetition_penalty": 3.0}):
         many = [sequence([1, 9], [8], temperature=2.0, seed=seed, **options) for seed in range(200)]
         assert set(draw(logits.expand(200, VOCAB), *many)) == {0, 1, 2}
+
+
+@pytest.mark.parametrize(("number", "expected"), [(0.0, 3), (1 - 2.0**-53, 6)])
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.99}])
+def test_the_extreme_numbers_draw_the_first_and_the_last_possible_token(
+    number: float, expected: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampling, "uniforms", lambda seeds, _: np.full(len(seeds), number))
+    logits = torch.full((2, VOCAB), -math.inf).index_fill(1, torch.tensor([3, 5, 6]), 1.0)
+    assert draw(logits, *[sequence([1], [], temperature=1.0, **options) for _ in range(2)]) == [expected] * 2
 
 
 def test_biases_of_one_token_add_up() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -310,7 +311,7 @@ async def test_a_client_may_use_its_id_again_once_the_request_has_ended(
     p0, d0 = scene.workers
     for num_ended in (1, 2):
         await end(scene, "mine")
-        await until(lambda num_ended=num_ended: len(p0.aborts) + len(d0.aborts) >= num_ended)
+        await until(partial(lambda count: len(p0.aborts) + len(d0.aborts) >= count, num_ended))
         await until(lambda: scene.router.pipeline.num_inflight == 0)
     serve_automatically(scene.workers, lambda request: range(10, 14))
     assert (await collect(scene.stub.Generate(ask(request_id="mine")))).token_ids == [10, 11, 12, 13]
