@@ -229,7 +229,7 @@ class Worker:
             return
         assert step.token is not None
         ends = step.finish is not None or step.handed_off
-        begins = step.index == 1 and sequence.num_transferred_tokens > 0
+        begins = step.index == (1 if sequence.num_transferred_tokens else 0)  # its first token from this worker
         event = SequenceEvent(
             id=handoff,
             index=step.index,

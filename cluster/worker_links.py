@@ -8,6 +8,7 @@ told what to move, and when it returns or raises the wire is idle.
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
@@ -37,7 +38,9 @@ class WorkerLinks:
         self._config = config
         self._peers = peers
         self._sinks: LinkTable[LinkSink] = LinkTable(config.max_links)
-        self._sources: LinkTable[LinkSource] = LinkTable(config.max_links)
+        # Never evicted here, or the target's next redemption would fail: there is one for each live peer at most, and
+        # the target evicts.
+        self._sources: LinkTable[LinkSource] = LinkTable(sys.maxsize)
         self._threads = ThreadPoolExecutor(MAX_TRANSFERS, thread_name_prefix="transfer")
         self._loop = asyncio.get_running_loop()
 

@@ -256,9 +256,9 @@ async def test_a_reader_that_stalls_is_ended_and_costs_the_others_nothing(bare_m
     limits = {"stall_timeout_s": 0.3, "max_buffered_tokens": 64, "max_logprobs": 400}
     async with scene_of(bare_model_dir, split_pair(), **limits) as scene:
         p0, d0 = scene.workers
-        # A window of one byte that does not grow: what is not read stays with the sender after a few messages.
+        # A window that does not grow: what is not read stays with the sender after a few messages.
         options = [
-            ("grpc.http2.lookahead_bytes", 1),
+            ("grpc.http2.lookahead_bytes", 1 << 16),
             ("grpc.http2.bdp_probe", 0),
             ("grpc.use_local_subchannel_pool", 1),
         ]
