@@ -2,8 +2,9 @@
 
     python bench/overhead.py [--json] [--rounds N]
 
-Both sides run the same checkpoint, the same prompts and one torch thread pinned to one core; the engine alone runs in a
-process of its own while the cluster idles, and the two take turns, so that a slow moment hits both. Rows: see `rows`.
+Both sides run the same checkpoint, the same prompts and one torch thread pinned to one core. The engine alone lives in
+a process of its own; the two take turns, request by request and batch by batch, on the same core, and each pair is
+compared by itself: a shared machine changes its speed by a third within a minute. Rows: see `rows`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -29,7 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from pdserve.client import AsyncClient
 from pdserve.cluster import state
 from pdserve.engine.config import EngineConfig
-from pdserve.engine.engine import build_engine
+from pdserve.engine.engine import Engine, build_engine
 from pdserve.engine.sequence import Sequence
 from pdserve.proto.types import HandoffId, SamplingParams, WorkerRequest
 
@@ -41,22 +41,18 @@ DEMO_MODEL = Path(__file__).parent.parent / "deploy" / "models" / "demo"
 PDSERVE = (sys.executable, "-m", "pdserve.cluster.cli")
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One round: first-token times of lone requests, and tokens' spacing with `NUM_STREAMS` at once."""
-
-    ttft_ms: list[float]
-    tpot_ms: list[float]
+NUM_PAIRS = 24
+Times = list[tuple[float, float]]  # (TTFT, TPOT) of each request, in ms
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON object per row")
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=5, help="pairs of crowded batches")
     parser.add_argument("--direct", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.direct is not None:
-        print(json.dumps(measure_engine(arguments.direct)))
+        serve_engine(arguments.direct)
         return
     for row in rows(arguments.rounds):
         print(
@@ -71,14 +67,15 @@ def rows(rounds: int) -> Iterator[dict[str, object]]:
     with tempfile.TemporaryDirectory(prefix="pdserve-bench-") as folder:
         model = Path(folder) / "llama-60m"
         save_60m_model(model)
-        with cluster("bench-60m", model) as endpoint:
-            pairs = [(asyncio.run(measure_cluster(endpoint)), run_direct(model)) for _ in range(rounds)]
-    ttft_cluster, ttft_direct = (pooled(pairs, side, "ttft_ms") for side in (0, 1))
-    tpot_cluster, tpot_direct = (pooled(pairs, side, "tpot_ms") for side in (0, 1))
-    added_ms, ratio = ttft_cluster - ttft_direct, tpot_cluster / tpot_direct
-    note = f"cluster {ttft_cluster:.1f} ms, engine alone {ttft_direct:.1f} ms; {PROMPT_TOKENS}-token prompts, alone"
+        with cluster("bench-60m", model) as endpoint, engine_alone(model) as alone:
+            lone, crowd = asyncio.run(measure_pairs(endpoint, alone, rounds))
+    ttft_cluster, ttft_alone = (statistics.median(side) for side in zip(*lone, strict=True))
+    added_ms = statistics.median(ours - theirs for ours, theirs in lone)
+    note = f"cluster {ttft_cluster:.1f} ms, engine alone {ttft_alone:.1f} ms; {PROMPT_TOKENS}-token prompts, in pairs"
     yield row("ttft_added_ms_p50", added_ms, "ms", 10.0, added_ms <= 10.0, note)
-    note = f"cluster {tpot_cluster:.1f} ms, engine alone {tpot_direct:.1f} ms; {NUM_STREAMS} streams"
+    tpot_cluster, tpot_alone = (statistics.median(side) for side in zip(*crowd, strict=True))
+    ratio = statistics.median(ours / theirs for ours, theirs in crowd)
+    note = f"cluster {tpot_cluster:.1f} ms, engine alone {tpot_alone:.1f} ms; {NUM_STREAMS} streams, in pairs"
     yield row("tpot_ratio_c8", ratio, "ratio", 1.10, ratio <= 1.10, note)
     with cluster("bench-demo", DEMO_MODEL) as endpoint:
         rate = asyncio.run(measure_throughput(endpoint))
@@ -87,12 +84,6 @@ def rows(rounds: int) -> Iterator[dict[str, object]]:
 
 def row(name: str, value: float, unit: str, target: float | None, ok: bool | None, note: str) -> dict[str, object]:
     return {"name": name, "value": round(value, 3), "unit": unit, "target": target, "ok": ok, "note": note}
-
-
-def pooled(pairs: list[tuple[Sample, Sample]], side: int, field: str) -> float:
-    """Median over all rounds."""
-    values: list[float] = [value for pair in pairs for value in getattr(pair[side], field)]
-    return statistics.median(values)
 
 
 def save_60m_model(folder: Path) -> None:
@@ -129,12 +120,27 @@ def prompts(count: int, seed: int) -> list[list[int]]:
     return [[generator.randrange(3, VOCAB_SIZE) for _ in range(PROMPT_TOKENS)] for _ in range(count)]
 
 
-async def measure_cluster(endpoint: str) -> Sample:
+async def measure_pairs(endpoint: str, alone: EngineAlone, rounds: int) -> tuple[Times, Times]:
+    """(cluster, alone) in ms: TTFT of lone requests, and the median TPOT of crowded batches."""
+    first_core, last_core = min(os.sched_getaffinity(0)), max(os.sched_getaffinity(0))
     async with AsyncClient(endpoint) as client:
         await one_stream(client, prompts(1, 99)[0], 4)  # connections, first-use costs
-        lone = [await one_stream(client, prompt, 4) for prompt in prompts(12, 1)]
-        crowd = await asyncio.gather(*(one_stream(client, prompt, OUTPUT_TOKENS) for prompt in prompts(NUM_STREAMS, 2)))
-    return Sample([ttft for ttft, _ in lone], [tpot for _, tpot in crowd])
+        alone.run(prompts(1, 99), 4, first_core)
+        lone = []
+        for prompt in prompts(NUM_PAIRS, 1):
+            ours, _ = await one_stream(client, prompt, 4)
+            lone.append((ours, alone.run([prompt], 4, first_core)[0][0]))
+        crowd = []
+        for seed in range(rounds):
+            batch = prompts(NUM_STREAMS, 2 + seed)
+            streams = await asyncio.gather(*(one_stream(client, prompt, OUTPUT_TOKENS) for prompt in batch))
+            theirs = alone.run(batch, OUTPUT_TOKENS, last_core)
+            crowd.append((median_tpot(streams), median_tpot(theirs)))
+    return lone, crowd
+
+
+def median_tpot(times: Times) -> float:
+    return statistics.median(tpot for _, tpot in times)
 
 
 async def one_stream(client: AsyncClient, prompt: list[int], max_tokens: int) -> tuple[float, float]:
@@ -163,37 +169,53 @@ async def measure_throughput(endpoint: str) -> float:
         return 32 * 128 / (time.perf_counter() - started_s)
 
 
-def run_direct(model: Path) -> Sample:
-    """The engine alone in a process of its own, on the last core, where the decode worker sits."""
+class EngineAlone:
+    """The engine in a process of its own, fed one batch a line."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+
+    def run(self, batch: list[list[int]], max_tokens: int, core: int) -> Times:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps([batch, max_tokens, core]) + "\n")
+        self._process.stdin.flush()
+        return [(ttft, tpot) for ttft, tpot in json.loads(self._process.stdout.readline())]
+
+
+@contextmanager
+def engine_alone(model: Path) -> Iterator[EngineAlone]:
     command = [sys.executable, __file__, "--direct", str(model)]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return Sample(**json.loads(output.splitlines()[-1]))
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        yield EngineAlone(process)
+        assert process.stdin is not None
+        process.stdin.close()
 
 
-def measure_engine(model: Path) -> dict[str, list[float]]:
-    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+def serve_engine(model: Path) -> None:
+    """Answer batches from stdin until it ends."""
     torch.set_num_threads(1)
     engine = build_engine(model, EngineConfig(kv_cache_memory_bytes=128 << 20))
+    for line in sys.stdin:
+        batch, max_tokens, core = json.loads(line)
+        os.sched_setaffinity(0, {core})
+        print(json.dumps(run_batch(engine, batch, max_tokens)), flush=True)
 
-    def run(batch: list[list[int]], max_tokens: int) -> list[tuple[float, float]]:
-        started_s = time.perf_counter()
-        sequences = [Sequence(request(prompt, max_tokens), started_s) for prompt in batch]
-        for sequence in sequences:
-            engine.add(sequence)
-        while engine.has_work:
-            engine.step(time.perf_counter)
-        times = []
-        for sequence in sequences:
-            assert sequence.first_token_s is not None
-            assert sequence.last_token_s is not None
-            spread_s = sequence.last_token_s - sequence.first_token_s
-            times.append(((sequence.first_token_s - started_s) * 1e3, spread_s * 1e3 / (max_tokens - 1)))
-        return times
 
-    run(prompts(1, 99), 4)
-    lone = [run([prompt], 4)[0] for prompt in prompts(12, 1)]
-    crowd = run(prompts(NUM_STREAMS, 2), OUTPUT_TOKENS)
-    return {"ttft_ms": [ttft for ttft, _ in lone], "tpot_ms": [tpot for _, tpot in crowd]}
+def run_batch(engine: Engine, batch: list[list[int]], max_tokens: int) -> Times:
+    started_s = time.perf_counter()
+    sequences = [Sequence(request(prompt, max_tokens), started_s) for prompt in batch]
+    for sequence in sequences:
+        engine.add(sequence)
+    while engine.has_work:
+        engine.step(time.perf_counter)
+    times = []
+    for sequence in sequences:
+        assert sequence.first_token_s is not None
+        assert sequence.last_token_s is not None
+        spread_s = sequence.last_token_s - sequence.first_token_s
+        times.append(((sequence.first_token_s - started_s) * 1e3, spread_s * 1e3 / (max_tokens - 1)))
+    return times
 
 
 def request(prompt: list[int], max_tokens: int) -> WorkerRequest:

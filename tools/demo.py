@@ -17,11 +17,7 @@ from pdserve.cluster import state
 
 NAME = "demo"
 PDSERVE = (sys.executable, "-m", "pdserve.cluster.cli")
-PROMPTS = (
-    "def fibonacci(n):\n",
-    "class Stack:\n    def __init__(self):\n",
-    "import os\n\ndef list_files(path):\n",
-)
+PROMPTS = ("import os\n\ndef ", "with open(path) as f:", "def read_json(path):\n    ")
 
 
 def main() -> int:
@@ -58,7 +54,7 @@ def main() -> int:
 def show(client: Client, prompt: str) -> None:
     """Stream one completion and say where its time went."""
     print(prompt, end="", flush=True)
-    with client.stream(prompt, max_tokens=48, temperature=0.0) as stream:
+    with client.stream(prompt, max_tokens=48, temperature=0.0, repetition_penalty=1.2) as stream:
         for delta in stream:
             print(delta.text, end="", flush=True)
         print(f"\n    {phases(stream.completion)}\n", flush=True)

@@ -11,8 +11,8 @@ Token layout, the same everywhere: each document (a file, or a whole conversatio
 needs no <|endoftext|> in front and the tokenizer adds none; the chat template writes it, because a
 conversation always has it there in training.
 
-It does not know pdserve, and its schedule follows the clock: the same seed on another machine gives another
-model.
+It does not know pdserve, and its schedule follows the processor time used: the same seed on another machine gives
+another model.
 """
 
 import argparse
@@ -292,7 +292,7 @@ it does not know anything.
 
 `<|endoftext|>` ends each document and so precedes the next one; the tokenizer adds none by itself, the chat
 template writes it once in front. Generation stops at `<|endoftext|>` or `<|end|>`. The schedule follows the
-clock, so another machine, or a busier one, gives another model for the same seed.
+processor time used, so another machine gives another model for the same seed.
 
 **Licence.** The data is under the PSF License Version 2, copyright © 2001 Python Software Foundation, all
 rights reserved, and the model can repeat pieces of it: that licence and notice stay with the weights.
