@@ -255,14 +255,28 @@ def reference_model(model_dir: Path) -> PreTrainedModel:
     return model
 
 
+_REFERENCES: dict[tuple[Path, tuple[int, ...], int], Reference] = {}
+
+
 def reference_generate(model_dir: Path, prompt_ids: Sequence[int], max_new_tokens: int) -> Reference:
     """Greedy decoding of one prompt by `model.generate()`, end-of-sequence ignored; computed once per process."""
-    return _reference_generate(Path(model_dir), tuple(prompt_ids), max_new_tokens)
+    return reference_generate_all(model_dir, [prompt_ids], max_new_tokens)[0]
 
 
-@functools.cache
-def _reference_generate(model_dir: Path, prompt_ids: tuple[int, ...], max_new_tokens: int) -> Reference:
-    prompt = torch.tensor([prompt_ids])  # [1, num_prompt_tokens]
+def reference_generate_all(model_dir: Path, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[Reference]:
+    """The same for many prompts; those of one length go through `generate()` together, so that nothing is padded."""
+    keys = [(Path(model_dir), tuple(prompt), max_new_tokens) for prompt in prompts]
+    missing = {key for key in keys if key not in _REFERENCES}
+    for length in sorted({len(key[1]) for key in missing}):
+        group = sorted(key for key in missing if len(key[1]) == length)
+        found = _generate(Path(model_dir), [key[1] for key in group], max_new_tokens)
+        _REFERENCES.update(zip(group, found, strict=True))
+    return [_REFERENCES[key] for key in keys]
+
+
+def _generate(model_dir: Path, prompts: list[tuple[int, ...]], max_new_tokens: int) -> list[Reference]:
+    """`prompts` are of one length."""
+    prompt = torch.tensor(prompts)  # [num_prompts, num_prompt_tokens]
     model: Any = reference_model(model_dir)
     output = model.generate(
         prompt,
@@ -272,10 +286,10 @@ def _reference_generate(model_dir: Path, prompt_ids: tuple[int, ...], max_new_to
         return_dict_in_generate=True,
         output_logits=True,
     )
-    logits = torch.stack(output.logits, dim=1)[0]  # [num_new_tokens, vocab]
-    top = logits.topk(2, dim=-1).values
-    token_ids = output.sequences[0, len(prompt_ids) :].tolist()
-    return Reference(tuple(token_ids), tuple((top[:, 0] - top[:, 1]).tolist()))
+    top = torch.stack(output.logits, dim=1).topk(2, dim=-1).values  # [num_prompts, num_new_tokens, 2]
+    gaps = (top[..., 0] - top[..., 1]).tolist()
+    token_ids = output.sequences[:, prompt.shape[1] :].tolist()
+    return [Reference(tuple(ids), tuple(row)) for ids, row in zip(token_ids, gaps, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)

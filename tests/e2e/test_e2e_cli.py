@@ -106,7 +106,9 @@ def test_status_is_for_people_and_for_scripts(cluster: Cluster) -> None:
     table = cluster.command("status", "--name", cluster.name)
     assert table.returncode == 0
     assert "serving" in table.stdout
-    status = cluster.status()
+    printed = cluster.command("status", "--name", cluster.name, "--json")
+    assert printed.returncode == 0
+    status = json.loads(printed.stdout)
     assert status["healthy"]
     assert {worker["role"] for worker in status["workers"]} == {"prefill", "decode"}
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from families import Tally, awkward_lengths, random_prompt, reference_generate
+from families import Tally, awkward_lengths, random_prompt, reference_generate_all
 from harness import Cluster, running
 
 from pdserve.client import AsyncClient, Completion
@@ -65,8 +65,9 @@ def test_the_cluster_says_what_generate_says(
         cluster.assert_drained()
         loads = cluster.loads()
     tally = Tally(case.label)
-    for prompt, completion in zip(case.prompts, completions, strict=True):
-        tally.add(reference_generate(model, prompt, MAX_TOKENS), completion.token_ids, f"{len(prompt)} tokens")
+    references = reference_generate_all(model, case.prompts, MAX_TOKENS)
+    for reference, prompt, completion in zip(references, case.prompts, completions, strict=True):
+        tally.add(reference, completion.token_ids, f"{len(prompt)} tokens")
     tally.check()
     if "preempted" in case.label:
         assert sum(load["num_preemptions"] for load in loads.values()) > 0, "nothing was preempted: the case is vacuous"
