@@ -19,7 +19,7 @@ from families import random_prompt
 from harness import Cluster, running
 
 from pdserve.client import AsyncClient, Client, Completion
-from pdserve.proto.errors import PdserveError, Unavailable
+from pdserve.proto.errors import PdserveError, RequestCancelled, Unavailable
 
 pytestmark = pytest.mark.cluster
 
@@ -51,8 +51,8 @@ async def cancel_after(client: AsyncClient, number: int, delay_s: float) -> int:
         async with asyncio.timeout(delay_s), client.stream(prompt, max_tokens=100, ignore_eos=True) as tokens:
             async for delta in tokens:
                 seen += len(delta.token_ids)
-    except TimeoutError:
-        return seen
+    except (TimeoutError, RequestCancelled):
+        return seen  # left while waiting, or at the very moment of an answer
     return seen
 
 
@@ -66,7 +66,7 @@ def test_cancelling_at_any_moment_frees_everything(cluster: Cluster) -> None:
 
     seen = asyncio.run(everything())
     assert min(seen) == 0, "no request was cancelled before its first token"
-    assert any(0 < tokens < 100 for tokens in seen), "no request was cancelled while decoding"
+    assert any(0 < tokens < 100 for tokens in seen), f"no request was cancelled while decoding: {seen}"
     cluster.assert_drained()
 
 
