@@ -16,6 +16,7 @@ import pytest
 from families import random_prompt, reference_generate
 from worker_pair import WAIT_S, Routerless, drained, make_request, start, worker, worker_pair
 
+from pdserve.cluster import worker as worker_module
 from pdserve.kv_transfer.config import KVTransferConfig
 from pdserve.kv_transfer.digest import block_digests
 from pdserve.prefill_worker import role as prefill_role
@@ -200,9 +201,13 @@ async def test_an_accept_that_its_abort_overtook_does_not_start(family_dir: Fami
         await drained(prefill, decode)
 
 
-async def test_a_deadline_that_nobody_enforces_is_enforced_here(family_dir: FamilyDir) -> None:
+async def test_a_deadline_that_nobody_enforces_is_enforced_here(
+    family_dir: FamilyDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_module, "DEADLINE_GRACE_S", 0.0)  # or a fast machine is done before anybody looks
+    monkeypatch.setattr(worker_module, "SWEEP_S", 0.01)
     async with worker_pair(family_dir("llama")) as (prefill, decode):
-        id = await start(prefill, decode, make_request("late", random_prompt(30), 480, timeout_s=0.05))
+        id = await start(prefill, decode, make_request("late", random_prompt(30), 480, timeout_s=0.01))
         assert (await decode.ended(id)).error is not None
         await drained(prefill, decode)
 
