@@ -24,10 +24,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from _cluster import VOCAB_SIZE, Row, cluster, row, save_60m_model, stream
 
 from pdserve.client import AsyncClient
-from pdserve.cluster import state
 from pdserve.engine.config import EngineConfig
 from pdserve.engine.engine import Engine, build_engine
 from pdserve.engine.sequence import Sequence
@@ -36,10 +35,7 @@ from pdserve.proto.types import HandoffId, SamplingParams, WorkerRequest
 PROMPT_TOKENS = 64
 NUM_STREAMS = 8
 OUTPUT_TOKENS = 64
-VOCAB_SIZE = 32_000
 DEMO_MODEL = Path(__file__).parent.parent / "deploy" / "models" / "demo"
-PDSERVE = (sys.executable, "-m", "pdserve.cluster.cli")
-
 
 NUM_PAIRS = 24
 Times = list[tuple[float, float]]  # (TTFT, TPOT) of each request, in ms
@@ -54,21 +50,18 @@ def main() -> None:
     if arguments.direct is not None:
         serve_engine(arguments.direct)
         return
-    for row in rows(arguments.rounds):
-        print(
-            json.dumps(row)
-            if arguments.json
-            else f"{row['name']:>22} {row['value']:>10} {row['unit']:<9} {row['note']}"
-        )
+    for found in rows(arguments.rounds):
+        text = f"{found['name']:>22} {found['value']:>10} {found['unit']:<9} {found['note']}"
+        print(json.dumps(found) if arguments.json else text)
 
 
-def rows(rounds: int) -> Iterator[dict[str, object]]:
+def rows(rounds: int) -> Iterator[Row]:
     """Measure everything; one row each."""
     with tempfile.TemporaryDirectory(prefix="pdserve-bench-") as folder:
         model = Path(folder) / "llama-60m"
         save_60m_model(model)
-        with cluster("bench-60m", model) as endpoint, engine_alone(model) as alone:
-            lone, crowd = asyncio.run(measure_pairs(endpoint, alone, rounds))
+        with cluster("bench-60m", model) as up, engine_alone(model) as alone:
+            lone, crowd = asyncio.run(measure_pairs(up.endpoint, alone, rounds))
     ttft_cluster, ttft_alone = (statistics.median(side) for side in zip(*lone, strict=True))
     added_ms = statistics.median(ours - theirs for ours, theirs in lone)
     note = f"cluster {ttft_cluster:.1f} ms, engine alone {ttft_alone:.1f} ms; {PROMPT_TOKENS}-token prompts, in pairs"
@@ -77,42 +70,9 @@ def rows(rounds: int) -> Iterator[dict[str, object]]:
     ratio = statistics.median(ours / theirs for ours, theirs in crowd)
     note = f"cluster {tpot_cluster:.1f} ms, engine alone {tpot_alone:.1f} ms; {NUM_STREAMS} streams, in pairs"
     yield row("tpot_ratio_c8", ratio, "ratio", 1.10, ratio <= 1.10, note)
-    with cluster("bench-demo", DEMO_MODEL) as endpoint:
-        rate = asyncio.run(measure_throughput(endpoint))
+    with cluster("bench-demo", DEMO_MODEL) as up:
+        rate = asyncio.run(measure_throughput(up.endpoint))
     yield row("stream_tokens_per_s", rate, "tokens/s", None, None, "demo model, 32 streams of 128 tokens, 1P1D")
-
-
-def row(name: str, value: float, unit: str, target: float | None, ok: bool | None, note: str) -> dict[str, object]:
-    return {"name": name, "value": round(value, 3), "unit": unit, "target": target, "ok": ok, "note": note}
-
-
-def save_60m_model(folder: Path) -> None:
-    """A random Llama of about 60 million parameters, tied embeddings, fp32."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=640,
-        intermediate_size=1728,
-        num_hidden_layers=9,
-        num_attention_heads=10,
-        num_key_value_heads=5,
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-
-
-@contextmanager
-def cluster(name: str, model: Path) -> Iterator[str]:
-    """One prefill and one decode worker, one core each where there are two; their endpoint."""
-    name = f"{name}-{os.getpid()}"
-    settings = ["--set", f"name={name}", "--set", f"model={model}"]
-    settings += ["--set", "prefill.cores=1", "--set", "decode.cores=1"]
-    subprocess.run([*PDSERVE, "up", *settings, "--detach"], check=True, stdout=subprocess.DEVNULL)
-    try:
-        yield state.require(name).endpoint
-    finally:
-        subprocess.run([*PDSERVE, "down", "--name", name], check=True, stdout=subprocess.DEVNULL)
 
 
 def prompts(count: int, seed: int) -> list[list[int]]:
@@ -145,15 +105,8 @@ def median_tpot(times: Times) -> float:
 
 async def one_stream(client: AsyncClient, prompt: list[int], max_tokens: int) -> tuple[float, float]:
     """TTFT and TPOT of one request, in ms, as its client sees them."""
-    sent_s = time.perf_counter()
-    moments: list[float] = []
-    num_tokens = 0
-    async with client.stream(prompt, max_tokens=max_tokens, temperature=0.0, ignore_eos=True) as stream:
-        async for delta in stream:
-            moments.append(time.perf_counter())
-            num_tokens += len(delta.token_ids)
-    assert num_tokens == max_tokens
-    return (moments[0] - sent_s) * 1e3, (moments[-1] - moments[0]) * 1e3 / (num_tokens - 1)
+    seen = await stream(client, prompt, max_tokens)
+    return seen.ttft_ms, sum(seen.gaps_ms) / (max_tokens - 1)
 
 
 async def measure_throughput(endpoint: str) -> float:

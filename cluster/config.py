@@ -122,8 +122,6 @@ def _check(config: ClusterConfig) -> None:
             f"prefill.replicas, decode.replicas: {split[0]} and {split[1]} cannot serve; "
             "give both at least 1, or set mixed.replicas"
         )
-    if config.engine_for(Role.PREFILL).block_size != config.engine_for(Role.DECODE).block_size:
-        raise ConfigError("decode.engine.block_size: must equal that of prefill")
 
 
 class _NoAliasLoader(yaml.SafeLoader):

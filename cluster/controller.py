@@ -22,6 +22,7 @@ from ray.exceptions import RayError
 
 from pdserve.cluster.config import ClusterConfig
 from pdserve.cluster.controller_metrics import ControllerMetrics
+from pdserve.cluster.pair_links import PairLink, pair_links
 from pdserve.cluster.placement import WorkerPlan
 from pdserve.cluster.registry import Member, MemberState, Registry
 from pdserve.cluster.worker_actor import WorkerActor, log_to
@@ -70,9 +71,11 @@ class Controller(pb_grpc.ControllerServicer):
         return self._address, self._metrics.serve(host)
 
     async def launch(self) -> Failure | None:
-        """Start every worker; the first failure, if any."""
+        """Start every worker; the first failure, if any. Workers that cannot exchange KV are one."""
         results = await asyncio.gather(*(self._launch_one(plan) for plan in self._plans))
-        return next((result for result in results if result is not None), None)
+        refused = (link for link in self._pair_links() if not link.kind)
+        apart = (Failure("ConfigError", f"{link.source} -> {link.target}: {link.reason}") for link in refused)
+        return next((result for result in (*results, *apart) if result is not None), None)
 
     async def stop(self) -> None:
         """Stop every worker and the server. Idempotent."""
@@ -181,7 +184,15 @@ class Controller(pb_grpc.ControllerServicer):
         """Every member with its load as of now; a worker that does not answer has none."""
         workers = await asyncio.gather(*(self._worker_status(member) for member in self._registry.members))
         model = self._config.served_model_name or self._config.model
-        return pb.StatusResponse(name=self._config.name, model=model, workers=workers)
+        links = [
+            pb.PairLink(source=one.source, target=one.target, kind=one.kind, reason=one.reason)
+            for one in self._pair_links()
+        ]
+        return pb.StatusResponse(name=self._config.name, model=model, workers=workers, links=links)
+
+    def _pair_links(self) -> list[PairLink]:
+        ready = [member.info for member in self._registry.members if member.state is MemberState.READY and member.info]
+        return pair_links(self._config.kv_transfer.links, ready)
 
     async def _worker_status(self, member: Member) -> pb.WorkerStatus:
         status = pb.WorkerStatus(member=_member_to_wire(member))

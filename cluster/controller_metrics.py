@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from threading import Thread
-from wsgiref.simple_server import WSGIServer
 
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from pdserve.cluster.registry import MemberState, Registry
+from pdserve.proto.metrics_server import MetricsServer
 from pdserve.proto.types import Role
 
 
@@ -22,19 +21,16 @@ class ControllerMetrics(Collector):
         self._fleet = fleet
         self._registry = CollectorRegistry()
         self._registry.register(self)
-        self._server: WSGIServer | None = None
-        self._thread: Thread | None = None
+        self._server: MetricsServer | None = None
 
     def serve(self, host: str) -> str:
         """Serve `/metrics` on a free port of `host`; its address."""
-        self._server, self._thread = start_http_server(0, host, registry=self._registry)
-        return f"{host}:{self._server.server_port}"
+        self._server = MetricsServer(host, 0, self._registry)
+        return self._server.address
 
     def close(self) -> None:
-        if self._server is not None and self._thread is not None:
-            self._server.shutdown()
-            self._server.server_close()
-            self._thread.join()
+        if self._server is not None:
+            self._server.close()
             self._server = None
 
     def collect(self) -> Iterator[GaugeMetricFamily]:

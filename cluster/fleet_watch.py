@@ -14,20 +14,22 @@ import grpc
 
 from pdserve.proto import worker_pb2 as pb
 from pdserve.proto import worker_pb2_grpc as pb_grpc
-from pdserve.proto.channels import CHANNEL_OPTIONS
+from pdserve.proto.channels import OpenChannel, open_channel
 
 logger = logging.getLogger(__name__)
 RECONNECT_S = 1.0
 
 
-async def watch_peers(controller: str, on_gone: Callable[[str, int], None]) -> None:
+async def watch_peers(
+    controller: str, on_gone: Callable[[str, int], None], open_channel: OpenChannel = open_channel
+) -> None:
     """Call `on_gone(worker_id, generation)` once for each peer process that the controller saw die."""
     gone: set[tuple[str, int]] = set()
-    async with grpc.aio.insecure_channel(controller, options=CHANNEL_OPTIONS) as channel:
+    async with open_channel(controller) as channel:
         while True:
             try:
                 async for fleet in pb_grpc.ControllerStub(channel).Watch(pb.WatchRequest()):
-                    for dead in _dead(fleet) - gone:
+                    for dead in sorted(_dead(fleet) - gone):
                         gone.add(dead)
                         on_gone(*dead)
             except grpc.aio.AioRpcError as error:

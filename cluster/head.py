@@ -26,7 +26,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
+import grpc
 import ray
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from ray.exceptions import RayError
 
 from pdserve.cluster import state
@@ -88,6 +90,7 @@ async def _serve(config: ClusterConfig, private_ray: bool, status: TextIO) -> No
             raise StartupError(failure.message)
         _tell(status, progress="starting router")
         router, ready = await _start_router(config, address)
+        await _serving(ready["address"])
         started = state.process_started(os.getpid())
         assert started is not None
         cluster = state.ClusterState(
@@ -193,6 +196,22 @@ async def _start_router(config: ClusterConfig, controller: str) -> tuple[asyncio
         raise StartupError(f"router: exited with status {code}; see {state.state_dir(config.name) / 'head.log'}")
     ready: dict[str, str] = json.loads(line)
     return router, ready
+
+
+async def _serving(endpoint: str) -> None:
+    """Wait until the router has met its workers: a cluster that says ready answers its first request."""
+    try:
+        async with asyncio.timeout(ROUTER_START_TIMEOUT_S), grpc.aio.insecure_channel(endpoint) as channel:
+            async for reply in health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest()):
+                if reply.status == health_pb2.HealthCheckResponse.SERVING:
+                    return
+    except TimeoutError:
+        pass
+    except grpc.aio.AioRpcError as error:
+        raise StartupError(f"router: does not answer ({error.code().name})") from error
+    raise StartupError(
+        f"router: no prefill and decode worker that fit each other within {ROUTER_START_TIMEOUT_S:.0f} s"
+    )
 
 
 async def _stop_router(router: asyncio.subprocess.Process | None, timeout_s: float) -> None:

@@ -34,10 +34,12 @@ class Snapshot:
     controller: str
     router: str
     workers: tuple[pb.WorkerStatus, ...]
+    links: tuple[pb.PairLink, ...]
 
     @property
     def healthy(self) -> bool:
         alive = all(worker.member.state == "ready" and worker.HasField("load") for worker in self.workers)
+        alive = alive and all(link.kind for link in self.links)
         return alive and self.controller == self.router == "serving"
 
 
@@ -61,14 +63,13 @@ def status(
 
 def take(cluster: state.ClusterState) -> Snapshot:
     """Ask everybody, each with a deadline."""
-    controller, workers = "serving", tuple[pb.WorkerStatus, ...]()
+    controller, reply = "serving", pb.StatusResponse()
     try:
         with grpc.insecure_channel(cluster.controller) as channel:
             reply = pb_grpc.ControllerStub(channel).Status(pb.StatusRequest(), timeout=TIMEOUT_S)
-            workers = tuple(reply.workers)
     except grpc.RpcError as error:
         controller = f"not answering ({_code(error)})"
-    return Snapshot(cluster, controller, _router_health(cluster.endpoint), workers)
+    return Snapshot(cluster, controller, _router_health(cluster.endpoint), tuple(reply.workers), tuple(reply.links))
 
 
 def to_json(snapshot: Snapshot) -> dict[str, Any]:
@@ -82,6 +83,10 @@ def to_json(snapshot: Snapshot) -> dict[str, Any]:
         "router": snapshot.router,
         "controller": snapshot.controller,
         "workers": [_worker_json(worker) for worker in snapshot.workers],
+        "links": [
+            {"source": link.source, "target": link.target, "kind": link.kind, "reason": link.reason}
+            for link in snapshot.links
+        ],
     }
 
 
@@ -142,7 +147,15 @@ def to_table(snapshot: Snapshot) -> Table:
                 f"{load.leased_blocks}/{load.receiving_blocks}/{load.quarantined_blocks}",
             ]
         table.add_row(info.worker.worker_id, info.role, state_text, ",".join(map(str, info.cores)), *cells)
+    table.caption = "\n".join(map(_link_text, snapshot.links))
+    table.caption_justify = "left"
     return table
+
+
+def _link_text(link: pb.PairLink) -> str:
+    """A slow path says why it is one."""
+    how = f"over {link.kind}" if link.kind else "not possible"
+    return f"KV {link.source} -> {link.target}: {how}" + (f" ({link.reason})" if link.reason else "")
 
 
 def _watch(cluster: state.ClusterState) -> None:

@@ -9,21 +9,21 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
-import torch
-
+from pdserve.cluster.worker_memory import WorkerMemory
 from pdserve.kv_transfer.config import KVTransferConfig
-from pdserve.kv_transfer.gloo import GlooSink, GlooSource
+from pdserve.kv_transfer.digest import KEYED, Digester
+from pdserve.kv_transfer.export import Export
+from pdserve.kv_transfer.landing import Landings
+from pdserve.kv_transfer.lease import SendKey, StartSend
 from pdserve.kv_transfer.link import Deadline, LinkSink, LinkSource, Transfer
 from pdserve.kv_transfer.links import LinkKey, LinkTable
-from pdserve.kv_transfer.peers import Peers
+from pdserve.kv_transfer.peers import Peers, Redemption
 from pdserve.kv_transfer.plan import ONE_SIDED, Reach, choose_link
-from pdserve.kv_transfer.shared_pool import SharedPool
-from pdserve.kv_transfer.shm import ShmSink
-from pdserve.proto.errors import StaleReference, TransferFailed
-from pdserve.proto.types import HandoffId, KVTicket, WorkerInfo, WorkerRef
+from pdserve.kv_transfer.reservation import FetchPart
+from pdserve.proto.errors import LayoutMismatch, StaleReference, TransferFailed
+from pdserve.proto.types import HandoffId, KVLayout, WorkerInfo
 
 MAX_TRANSFERS = 8
 
@@ -31,10 +31,19 @@ MAX_TRANSFERS = 8
 class WorkerLinks:
     """Owner of both link tables and of the transfer threads."""
 
-    def __init__(self, info: WorkerInfo, blocks: torch.Tensor, config: KVTransferConfig, peers: Peers) -> None:
+    def __init__(
+        self,
+        info: WorkerInfo,
+        memory: WorkerMemory,
+        export: Export,
+        landings: Landings,
+        config: KVTransferConfig,
+        peers: Peers,
+    ) -> None:
         self._info = info
-        self._blocks = blocks  # uint8 [num_blocks, block_bytes]
-        self._layout_hash = info.layout.hash64()
+        self._memory = memory
+        self._export = export
+        self._landings = landings
         self._config = config
         self._peers = peers
         self._sinks: LinkTable[LinkSink] = LinkTable(config.max_links)
@@ -43,12 +52,6 @@ class WorkerLinks:
         self._sources: LinkTable[LinkSource] = LinkTable(sys.maxsize)
         self._threads = ThreadPoolExecutor(MAX_TRANSFERS, thread_name_prefix="transfer")
         self._loop = asyncio.get_running_loop()
-
-    @staticmethod
-    def addresses(config: KVTransferConfig, memory: SharedPool) -> Mapping[str, str]:
-        """What a ticket says about reaching this worker's pool, by kind of link."""
-        known = {"shm": memory.address, "gloo": config.host}
-        return {kind: known[kind] for kind in config.links}
 
     def close(self) -> None:
         """Close every link; transfers in progress end at their own deadline."""
@@ -61,53 +64,57 @@ class WorkerLinks:
         self._sinks.drop_peer(worker_id, generation)
         self._sources.drop_peer(worker_id, generation)
 
-    async def receive(self, ticket: KVTicket, block_ids: tuple[int, ...]) -> str:
-        """Fetch a ticket's blocks into ours; the kind of link it took.
+    async def receive(self, fetch: FetchPart) -> str:
+        """Fetch a part's blocks into ours and verify them; the kind of link it took.
 
         Raises:
             TransferFailed, StaleReference, LayoutMismatch: they did not arrive; nothing is written any more.
+            CorruptKV: they are not what was offered.
         """
         ours = Reach(self._info.host_id, frozenset(self._info.link_address))
-        theirs = Reach(ticket.host_id, frozenset(ticket.link_address))
-        kind = choose_link(self._config.links, ours, theirs)
-        await self._loop.run_in_executor(self._threads, self._receive, kind, ticket, block_ids)
+        theirs = Reach(fetch.ticket.host_id, frozenset(fetch.ticket.link_address))
+        kind = choose_link(self._config.links, ours, theirs).kind
+        await self._loop.run_in_executor(self._threads, self._receive, kind, fetch)
         return kind
 
-    async def send(
-        self,
-        handoff: HandoffId,
-        target: WorkerRef,
-        kind: str,
-        link_epoch: int,
-        address: str,
-        block_ids: tuple[int, ...],
-    ) -> None:
+    async def send(self, start: StartSend, kind: str, address: str) -> None:
         """Send blocks of ours on the link that the target asked for; our memory is not read any more on return."""
-        work = (handoff, target, kind, link_epoch, address, block_ids)
-        await self._loop.run_in_executor(self._threads, self._send, *work)
+        await self._loop.run_in_executor(self._threads, self._send, start, kind, address)
 
-    def _receive(self, kind: str, ticket: KVTicket, block_ids: tuple[int, ...]) -> None:
+    def _receive(self, kind: str, fetch: FetchPart) -> None:
         """In a transfer thread."""
         deadline = Deadline(self._config.transfer_timeout_s)
+        ticket, part = fetch.ticket, fetch.part
         key = LinkKey(ticket.source.worker_id, ticket.source.generation, kind)
+        source_block_ids, digests = part.block_ids[fetch.first :], part.block_digests[fetch.first :]
+        first = part.first_block + fetch.first
+        key_bytes = self._config.digest_key_bytes
+        if (ticket.digest == KEYED) != bool(key_bytes):
+            raise LayoutMismatch(f"{ticket.id}: digests are {ticket.digest} there; kv_transfer.digest_key differs")
+        digester = Digester(ticket.digest, key_bytes)
+        layout_hash = ticket.layout.hash64()
+        check = digester.checker(ticket.id, layout_hash, first, digests, len(source_block_ids))
 
         def open_sink(link_epoch: int) -> LinkSink:
-            if kind == "shm":
-                return ShmSink(ticket.link_address["shm"], self._blocks, self._layout_hash, link_epoch)
-            limit = self._config.max_message_bytes
-            return GlooSink(self._blocks, self._layout_hash, link_epoch, self._config.host, limit)
+            return self._memory.open_sink(kind, ticket.link_address[kind], layout_hash, link_epoch)
 
         with self._sinks.use(key, open_sink, deadline.left_s()) as (link, link_epoch):
-            refusal = None if kind in ONE_SIDED else self._redeem(kind, ticket, link_epoch, link.address)
+            send_key = SendKey(link_epoch, part.index)
+            refusal = None
+            if kind not in ONE_SIDED:
+                redemption = Redemption(ticket.id, send_key, fetch.first, kind, link.address)
+                refusal = self._redeem(fetch, redemption)
             if refusal is None:
-                transfer = self._transfer(ticket.id, len(block_ids), link_epoch)
-                link.receive(transfer, ticket.block_ids, block_ids, deadline.left_s())
+                transfer = _transfer(ticket.id, send_key, len(source_block_ids), ticket.layout)
+                with self._landings.open(ticket, first, len(source_block_ids), fetch.block_ids) as landing:
+                    link.receive(transfer, source_block_ids, landing, check, deadline.left_s())
         if refusal is not None:
             raise refusal
 
-    def _redeem(self, kind: str, ticket: KVTicket, link_epoch: int, address: str) -> StaleReference | None:
+    def _redeem(self, fetch: FetchPart, redemption: Redemption) -> StaleReference | None:
         """Ask the source to send, from a transfer thread. A refusal is returned: no byte moved, the link is sound."""
-        call = self._peers.redeem(ticket.source, self._info.worker, ticket.id, kind, link_epoch, address)
+        source = fetch.ticket.source
+        call = self._peers.redeem(source, self._info.worker, redemption)
         waiting = asyncio.run_coroutine_threadsafe(call, self._loop)
         try:
             waiting.result(self._config.control_timeout_s + 1.0)
@@ -115,30 +122,22 @@ class WorkerLinks:
             return refusal
         except TimeoutError as error:
             waiting.cancel()
-            raise TransferFailed(f"{ticket.source.worker_id} did not answer the redemption") from error
+            raise TransferFailed(f"{source.worker_id} did not answer the redemption") from error
         return None
 
-    def _send(
-        self,
-        handoff: HandoffId,
-        target: WorkerRef,
-        kind: str,
-        link_epoch: int,
-        address: str,
-        block_ids: tuple[int, ...],
-    ) -> None:
+    def _send(self, start: StartSend, kind: str, address: str) -> None:
         """In a transfer thread."""
-        if kind != "gloo":
-            raise TransferFailed(f"cannot send over {kind!r}")
         deadline = Deadline(self._config.transfer_timeout_s)
-        key = LinkKey(target.worker_id, target.generation, kind)
+        key = LinkKey(start.target.worker_id, start.target.generation, kind)
+        layout = self._export.layout
 
         def open_source(epoch: int) -> LinkSource:
-            limit = self._config.max_message_bytes
-            return GlooSource(address, self._blocks, self._layout_hash, epoch, self._config.host, limit)
+            return self._memory.open_source(kind, address, self._export.blocks, layout.hash64(), epoch)
 
-        with self._sources.use(key, open_source, deadline.left_s(), link_epoch) as (link, epoch):
-            link.send(self._transfer(handoff, len(block_ids), epoch), block_ids, deadline.left_s())
+        with self._sources.use(key, open_source, deadline.left_s(), start.key.link_epoch) as (link, _):
+            transfer = _transfer(start.id, start.key, len(start.block_ids), layout)
+            link.send(transfer, start.block_ids, deadline.left_s())
 
-    def _transfer(self, handoff: HandoffId, num_blocks: int, link_epoch: int) -> Transfer:
-        return Transfer(handoff, num_blocks, self._info.layout.block_bytes, self._layout_hash, link_epoch)
+
+def _transfer(id: HandoffId, key: SendKey, num_blocks: int, layout: KVLayout) -> Transfer:
+    return Transfer(id, key.part, num_blocks, layout.block_bytes, layout.hash64(), key.link_epoch)

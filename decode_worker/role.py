@@ -1,7 +1,7 @@
-"""The decode role: expect a hand-off, redeem its ticket, verify the KV, decode.
+"""The decode role: expect a hand-off, fetch its parts, decode.
 
-    expect() -> reserved -> offer(ticket) -> room: blocks taken -> transfer over a link -> digests verified
-        -> the sequence joins the batch, and the prefill worker is told to release its lease
+    expect() -> reserved -> offer(ticket, part 0) -> room: blocks taken -> each part fetched over a link and verified
+        -> after the last one the sequence joins the batch, and the prefill worker is told to release its lease
 
 The states and deadlines are `kv_transfer.reservation`'s; this module is its hands: it carries out effects and reports
 back what became of them. Runs on the worker's event loop; what touches the engine is posted to its thread. Does not
@@ -12,19 +12,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
+import math
 from collections.abc import Callable, Coroutine
-from dataclasses import replace
 from typing import Any, Protocol
 
-import torch
-
+from pdserve.decode_worker.timeline import Timeline
 from pdserve.engine.block_pool import BlockState
 from pdserve.engine.engine import Engine
 from pdserve.engine.loop import EngineLoop, Turn
 from pdserve.engine.sequence import Sequence
-from pdserve.kv_transfer.config import KVTransferConfig
-from pdserve.kv_transfer.digest import verify
 from pdserve.kv_transfer.effects import FreeBlocks, Ignored, QuarantineBlocks, Refused, raise_refusal
 from pdserve.kv_transfer.metrics import HandoffMetrics
 from pdserve.kv_transfer.peers import Peers
@@ -32,28 +28,29 @@ from pdserve.kv_transfer.reservation import (
     Admit,
     Effects,
     Fail,
-    Phase,
+    FetchPart,
+    ReleaseHeld,
     RenewLease,
     SendRelease,
-    StartTransfer,
-    StartVerify,
     TakeBlocks,
     Timeouts,
     Unreserve,
 )
 from pdserve.kv_transfer.reservations import ReservationTable
+from pdserve.proto.clock import now
 from pdserve.proto.errors import InternalError, PdserveError, rebuild
 from pdserve.proto.status import as_typed
-from pdserve.proto.types import HandoffId, KVTicket, Phases, WorkerInfo, WorkerRef, WorkerRequest
+from pdserve.proto.types import HandoffId, KVLayout, KVPart, KVTicket, Phases, WorkerRef, WorkerRequest
 
 logger = logging.getLogger(__name__)
+RELEASE_PAUSES_S = (0.0, 0.5, 2.0)
 ENDED_BY_THE_CLIENT = frozenset({"RequestCancelled", "DeadlineExceeded"})
 
 
 class Receiver(Protocol):
-    """Fetches a ticket's blocks over the best link; the name of the link when they have arrived."""
+    """Fetches and verifies a part's blocks over the best link; the kind of link it took."""
 
-    async def receive(self, ticket: KVTicket, block_ids: tuple[int, ...]) -> str: ...
+    async def receive(self, fetch: FetchPart) -> str: ...
 
 
 class DecodeRole:
@@ -61,36 +58,27 @@ class DecodeRole:
 
     def __init__(
         self,
-        info: WorkerInfo,
-        config: KVTransferConfig,
+        layout: KVLayout,
+        timeouts: Timeouts,
         loop: EngineLoop,
         call_soon: Callable[..., object],
-        blocks: torch.Tensor,
         receiver: Receiver,
         peers: Peers,
         metrics: HandoffMetrics,
         spawn: Callable[[Coroutine[Any, Any, None]], object],
         fail: Callable[[HandoffId, PdserveError], None],
     ) -> None:
-        self._layout = info.layout
+        self._layout = layout
         self._loop = loop
         self._call_soon = call_soon
-        self._blocks = blocks  # uint8 [num_blocks, block_bytes]
         self._receiver = receiver
         self._peers = peers
         self._metrics = metrics
         self._spawn = spawn
         self._fail = fail
-        timeouts = Timeouts(
-            reserve_s=config.reserve_timeout_s,
-            room_s=config.room_timeout_s,
-            transfer_s=config.transfer_timeout_s,
-            verify_s=config.verify_timeout_s,
-            renew_s=config.renew_s,
-        )
-        self._table = ReservationTable(info.layout, timeouts)
+        self._table = ReservationTable(layout, timeouts)
         self._requests: dict[HandoffId, WorkerRequest] = {}
-        self._phases: dict[HandoffId, Phases] = {}
+        self._timelines: dict[HandoffId, Timeline] = {}
         self._room_blocks = 0
 
     def expect(self, request: WorkerRequest, source: WorkerRef) -> None:
@@ -99,21 +87,30 @@ class DecodeRole:
         Raises:
             DuplicateRequest: another use of this id is in flight.
         """
-        now_s = time.monotonic()
+        now_s = now()
         num_tokens = len(request.prompt_token_ids)
         self._carry_out(self._table.expect(request.id, source, num_tokens, now_s + request.timeout_s, now_s))
         self._requests[request.id] = request
+        self._timelines[request.id] = Timeline()
         num_blocks = self._layout.num_blocks(num_tokens)
         self._loop.post(lambda engine: engine.pool.reserve(num_blocks))
 
-    def offer(self, ticket: KVTicket) -> None:
-        """The KV is ready at its source.
+    def offer(self, ticket: KVTicket, part: KVPart) -> None:
+        """A part of the KV is ready at its source.
 
         Raises:
             StaleReference: not expected, or not from there.
             LayoutMismatch: it can never be used here; the request has failed.
         """
-        effects = self._table.offer(ticket, time.monotonic())
+        now_s = now()
+        effects = self._table.offer(ticket, part, now_s)
+        is_news = not any(isinstance(effect, (Ignored, Refused)) for effect in effects)
+        if is_news and ticket.id in self._timelines:
+            self._timelines[ticket.id].offered(now_s)
+        if is_news and part.is_last:
+            entry = self._table.reservations.get(ticket.id)
+            num_missing = 0 if entry is None else entry.num_missing_blocks
+            self._metrics.completed(num_missing * ticket.layout.block_bytes)
         self._carry_out(effects)
         raise_refusal(effects)
         self._offer_room()
@@ -125,26 +122,20 @@ class DecodeRole:
 
     def abort(self, handoff: HandoffId, reason: str) -> None:
         self.finished(handoff)
-        self._carry_out(self._table.abort(handoff, reason, time.monotonic()))
+        self._carry_out(self._table.abort(handoff, reason, now()))
 
     def transfer_phases(self, handoff: HandoffId) -> Phases:
         """What this role knows about where a sequence's time went."""
-        return self._phases.get(handoff, Phases())
+        timeline = self._timelines.get(handoff)
+        return Phases() if timeline is None else timeline.phases
 
     def finished(self, handoff: HandoffId) -> None:
         self._requests.pop(handoff, None)
-        self._phases.pop(handoff, None)
+        self._timelines.pop(handoff, None)
 
     def peer_gone(self, worker_id: str, generation: int) -> None:
         """No KV will come from this process any more."""
-        gone = [
-            entry.id
-            for entry in self._table.reservations.values()
-            if (entry.source.worker_id, entry.source.generation) == (worker_id, generation)
-        ]
-        for handoff in gone:
-            reason = f"{worker_id} died before its KV had arrived"
-            self._carry_out(self._table.abort(handoff, reason, time.monotonic(), "WorkerLost"))
+        self._carry_out(self._table.peer_gone(worker_id, generation, now()))
 
     def sweep(self, now_s: float) -> None:
         self._carry_out(self._table.sweep(now_s))
@@ -152,17 +143,15 @@ class DecodeRole:
             self._spawn(self._renew(source, handoffs))
 
     def _offer_room(self) -> None:
-        self._carry_out(self._table.on_room(self._room_blocks, time.monotonic()))
+        self._carry_out(self._table.on_room(self._room_blocks, now()))
 
     def _carry_out(self, effects: Effects) -> None:
         for effect in effects:
             match effect:
                 case TakeBlocks(id=handoff, num_blocks=num_blocks):
                     self._take(handoff, num_blocks)
-                case StartTransfer():
-                    self._spawn(self._transfer(effect))
-                case StartVerify():
-                    self._spawn(self._verify(effect))
+                case FetchPart():
+                    self._spawn(self._fetch(effect))
                 case Admit():
                     self._admit(effect)
                 case Fail(id=handoff, kind=kind, message=message):
@@ -173,85 +162,95 @@ class DecodeRole:
                     self._loop.post(_unreserve(num_blocks))
                 case SendRelease(id=handoff, source=source, outcome=outcome):
                     self._spawn(self._release(source, handoff, outcome))
+                case ReleaseHeld(block_ids=block_ids):
+                    self._loop.post(_release(block_ids, BlockState.RUNNING))
                 case FreeBlocks(block_ids=block_ids, from_quarantine=quarantined):
                     state = BlockState.QUARANTINED if quarantined else BlockState.RECEIVING
                     self._loop.post(_release(block_ids, state))
                 case QuarantineBlocks(block_ids=block_ids):
                     self._loop.post(_move(block_ids, BlockState.RECEIVING, BlockState.QUARANTINED))
                 case Ignored(id=handoff, reason=reason):
-                    logger.info("hand-off %s: ignored: %s", handoff, reason)
+                    logger.debug("hand-off %s: ignored: %s", handoff, reason)
                 case Refused() | RenewLease():
                     pass  # raised by `offer`; renewals are sent by `sweep`
 
     def _take(self, handoff: HandoffId, num_blocks: int) -> None:
+        """Blocks for the whole prompt: what is held already, then free ones."""
+        request, ticket = self._requests.get(handoff), self._table.reservations[handoff].ticket
+        assert ticket is not None
+        prompt = () if request is None else request.prompt_token_ids
+        # Never into the middle of a source's block: what is held is not written to.
+        unit_tokens = math.lcm(self._layout.block_size, ticket.layout.block_size)
+        prompt = prompt[: len(prompt) // unit_tokens * unit_tokens]
+
         def command(engine: Engine) -> None:
-            if engine.pool.can_take(num_blocks):
-                block_ids = tuple(engine.pool.take(num_blocks, BlockState.RECEIVING))
-                self._call_soon(self._blocks_taken, handoff, block_ids)
+            held = engine.hold_prefix(prompt)
+            surplus = len(held) % (unit_tokens // self._layout.block_size)
+            if surplus:
+                engine.pool.release(held[-surplus:], BlockState.RUNNING)
+                held = held[:-surplus]
+            if engine.pool.can_take(num_blocks - len(held)):
+                taken = engine.pool.take(num_blocks - len(held), BlockState.RECEIVING)
+                self._call_soon(self._blocks_taken, handoff, (*held, *taken), len(held))
             else:
+                engine.pool.release(held, BlockState.RUNNING)
                 self._call_soon(self._blocks_refused, handoff)
 
         self._loop.post(command)
 
-    def _blocks_taken(self, handoff: HandoffId, block_ids: tuple[int, ...]) -> None:
-        self._carry_out(self._table.blocks_taken(handoff, block_ids, time.monotonic()))
+    def _blocks_taken(self, handoff: HandoffId, block_ids: tuple[int, ...], num_held: int) -> None:
+        self._carry_out(self._table.blocks_taken(handoff, block_ids, num_held, now()))
 
     def _blocks_refused(self, handoff: HandoffId) -> None:
-        self._carry_out(self._table.blocks_refused(handoff, time.monotonic()))
+        self._carry_out(self._table.blocks_refused(handoff, now()))
 
-    async def _transfer(self, start: StartTransfer) -> None:
-        """Move the bytes, check them, and report both: the wire is idle after the first, the KV is right after both."""
-        reservation = self._table.reservations.get(start.id)
-        if reservation is None or reservation.phase is not Phase.TRANSFERRING:
-            return self._carry_out(self._table.wire_idle(start.id, time.monotonic()))
-        started_s = time.monotonic()
-        failure, link = None, ""
-        try:
-            link = await self._receiver.receive(start.ticket, start.block_ids)
-        except Exception as error:
-            failure = as_typed(error)
-        kind, message = _described(failure)
-        if failure is None and start.id in self._requests:
-            wait_s, transfer_s = started_s - reservation.offered_s, time.monotonic() - started_s
-            self._phases[start.id] = Phases(transfer_wait_s=wait_s, transfer_s=transfer_s)
-            self._metrics.waited(wait_s)
-            self._metrics.moved(link, len(start.block_ids) * self._layout.block_bytes, transfer_s)
-        return self._carry_out(self._table.transfer_ended(start.id, time.monotonic(), kind, message))
-
-    async def _verify(self, start: StartVerify) -> None:
-        started_s = time.monotonic()
+    async def _fetch(self, fetch: FetchPart) -> None:
+        """Move a part's bytes and check them. The wire is idle when this reports, whatever happened."""
+        started_s = now()
+        if fetch.id in self._timelines:
+            self._timelines[fetch.id].started(started_s)
         failure: PdserveError | None = None
         try:
-            await asyncio.to_thread(verify, start.id, self._blocks, start.block_ids, start.ticket.block_digests)
+            link = await self._receiver.receive(fetch)
+            num_blocks = len(fetch.part.block_ids) - fetch.first
+            num_bytes = num_blocks * fetch.ticket.layout.block_bytes
+            self._metrics.moved(link, num_bytes, now() - started_s)
         except Exception as error:
             failure = as_typed(error)
-        if start.id in self._phases:
-            moved = self._phases[start.id]
-            self._phases[start.id] = replace(moved, transfer_s=moved.transfer_s + time.monotonic() - started_s)
-        kind, message = _described(failure)
-        self._carry_out(self._table.verified(start.id, time.monotonic(), kind, message))
+            self._metrics.pull_failed(type(failure).__name__)
+            logger.warning("hand-off %s: part %d: %s", fetch.id, fetch.part.index, failure.message)
+        kind, message = ("", "") if failure is None else (type(failure).__name__, failure.message)
+        self._carry_out(self._table.part_ended(fetch.id, fetch.part.index, now(), kind, message))
 
     def _admit(self, admit: Admit) -> None:
         """The blocks are the sequence's now."""
         request = self._requests.get(admit.id)
         if request is None:  # a reservation without its request: our own bookkeeping is broken
-            self._loop.post(_release(admit.block_ids, BlockState.RECEIVING))
+            self._loop.post(_release(admit.block_ids[: admit.num_held], BlockState.RUNNING))
+            self._loop.post(_release(admit.block_ids[admit.num_held :], BlockState.RECEIVING))
             self._fail(admit.id, InternalError(f"{admit.id}: admitted without a request"))
             return
-        sequence = Sequence.redeemed(request, admit.ticket.first_token, admit.block_ids, time.monotonic())
+        now_s = now()
+        self._timelines[admit.id].admitted(now_s)
+        self._metrics.waited(self._timelines[admit.id].phases.transfer_wait_s)
+        sequence = Sequence.redeemed(request, admit.first_token, admit.block_ids, now_s)
+        received = admit.block_ids[admit.num_held :]
 
         def command(engine: Engine) -> None:
-            engine.pool.move(admit.block_ids, BlockState.RECEIVING, BlockState.RUNNING)
+            engine.pool.move(received, BlockState.RECEIVING, BlockState.RUNNING)
             engine.add(sequence)
 
         self._loop.post(command)
 
     async def _release(self, source: WorkerRef, handoff: HandoffId, outcome: str) -> None:
-        try:
-            await self._peers.release(source, handoff, outcome)
-        except PdserveError as error:
-            # The lease at the source lapses by itself.
-            logger.warning("release of %s at %s: %s", handoff, source.worker_id, error.message)
+        for pause_s in RELEASE_PAUSES_S:
+            await asyncio.sleep(pause_s)
+            try:
+                await self._peers.release(source, handoff, outcome)
+                return
+            except PdserveError as error:
+                # Not for ever: the lease at the source lapses by itself.
+                logger.warning("release of %s at %s: %s", handoff, source.worker_id, error.message)
 
     async def _renew(self, source: WorkerRef, handoffs: tuple[HandoffId, ...]) -> None:
         try:
@@ -261,12 +260,8 @@ class DecodeRole:
             logger.warning("renewal at %s: %s", source.worker_id, error.message)
             return
         for handoff in lost:
-            effects = self._table.abort(handoff, "the source's lease was lost", time.monotonic(), "TransferFailed")
+            effects = self._table.abort(handoff, "the source's lease was lost", now(), "TransferFailed")
             self._carry_out(effects)
-
-
-def _described(error: PdserveError | None) -> tuple[str, str]:
-    return ("", "") if error is None else (type(error).__name__, error.message)
 
 
 def _unreserve(num_blocks: int) -> Callable[[Engine], None]:

@@ -62,17 +62,18 @@ def paged_attention(
         raise UnsupportedAttention(f"its attention needs {', '.join(surplus)}")
     batch, cache = paged.batch, paged.cache
     layer: int = module.layer_idx  # type: ignore[assignment]
-    cache.write(layer, batch.key_rows, batch.value_rows, key[0].transpose(0, 1), value[0].transpose(0, 1))
+    cache.write(layer, batch.write_index, key[0].transpose(0, 1), value[0].transpose(0, 1))
     pieces = [
-        _attend_group(query, cache.gather(layer, group.block_rows), group, scaling, sliding_window, softcap)
+        _attend_group(query, cache.gather(layer, group.read_index, key.dtype), group, scaling, sliding_window, softcap)
         for group in batch.groups
     ]
     for chunk in batch.chunks:
         rows = slice(chunk.start, chunk.start + chunk.size)
-        if chunk.is_whole:
+        # From a pool that rounds, everything is read back: a token's result must not depend on how the prompt was cut.
+        if chunk.is_whole and cache.is_exact:
             keys, values = key[:, :, rows], value[:, :, rows]
         else:
-            keys, values = _context(cache.gather(layer, chunk.block_rows), chunk)
+            keys, values = _context(cache.gather(layer, chunk.read_index, key.dtype), chunk)
         pieces.append(_attend_chunk(query[:, :, rows], keys, values, chunk, scaling, sliding_window, softcap))
     return (pieces[0] if len(pieces) == 1 else torch.cat(pieces))[None], None
 

@@ -2,7 +2,7 @@
 
 The tokens of all sequences lie behind each other in one row: first those of sequences that compute one token (a
 *group* has similar context lengths and is attended to in one call), then the chunks. Masks are additive.
-Knows the pool's row arithmetic, nothing of models or of sampling.
+Knows nothing of models, of sampling or of what the pool's indices mean.
 
 No sequence ever reads memory that is not its own: tables are padded with the sequence's own first block, and
 a block that is only partly filled was zeroed when it was begun, because a masked NaN is still a NaN.
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from pdserve.engine.kv_cache import KVCache
+from pdserve.engine.kv_cache import KVCache, ReadIndex, WriteIndex
 from pdserve.engine.scheduler import ScheduledSequence, StepPlan
 
 # Rows of one group may be padded to at most this multiple of their own number of blocks.
@@ -26,13 +26,13 @@ MAX_PADDING = 2
 class Group:
     """Rows `start..start+size-1` of the batch: one new token each, over tables padded to one length.
 
-    `block_rows` is flat `[2 * size * max_blocks]`. `masks` maps a sliding window (or `None`) to
+    `read_index` names the blocks `[size, max_blocks]`. `masks` maps a sliding window (or `None`) to
     `[size, 1, 1, max_context]`, or to `None` if there is nothing to mask; it fills as layers ask.
     """
 
     start: int
     contexts: tuple[int, ...]
-    block_rows: torch.Tensor
+    read_index: ReadIndex
     masks: dict[int | None, torch.Tensor | None] = field(default_factory=dict)
 
     @property
@@ -51,7 +51,7 @@ class Group:
     def _make_mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor | None:
         if min(self.contexts) == self.max_context and (window is None or self.max_context <= window):
             return None
-        device = self.block_rows.device
+        device = self.read_index.device
         contexts = torch.tensor(self.contexts, device=device)[:, None]  # [size, 1]
         positions = torch.arange(self.max_context, device=device)  # [max_context]
         visible = positions < contexts
@@ -64,18 +64,18 @@ class Group:
 class Chunk:
     """Rows `start..start+size-1` of the batch: tokens `context-size..context-1` of one sequence.
 
-    `block_rows` is flat `[2 * num_blocks]`. `masks` maps a window to `[size, context]`, or to `None` for plain causal.
+    `read_index` names its blocks. `masks` maps a window to `[size, context]`, or to `None` for plain causal.
     """
 
     start: int
     size: int
     context: int
-    block_rows: torch.Tensor
+    read_index: ReadIndex
     masks: dict[int | None, torch.Tensor | None] = field(default_factory=dict)
 
     @property
     def is_whole(self) -> bool:
-        """The chunk is all there is: its keys and values need not be read back from the pool."""
+        """The chunk is all there is: an exact pool's keys and values need not be read back."""
         return self.size == self.context
 
     def mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor | None:
@@ -86,7 +86,7 @@ class Chunk:
     def _make_mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor | None:
         if self.is_whole and (window is None or self.size <= window):
             return None
-        device = self.block_rows.device
+        device = self.read_index.device
         queries = torch.arange(self.context - self.size, self.context, device=device)[:, None]  # [size, 1]
         keys = torch.arange(self.context, device=device)  # [context]
         visible = keys <= queries
@@ -101,8 +101,7 @@ class Batch:
 
     token_ids: torch.Tensor  # [1, num_tokens]
     positions: torch.Tensor  # [1, num_tokens]
-    key_rows: torch.Tensor  # [num_tokens]
-    value_rows: torch.Tensor  # [num_tokens]
+    write_index: WriteIndex
     sample_rows: torch.Tensor  # [num_sampled]
     fresh_blocks: torch.Tensor | None  # begun and not filled by this step
     groups: tuple[Group, ...]
@@ -124,12 +123,10 @@ def build_batch(plan: StepPlan, cache: KVCache) -> Batch:
     # One transfer for all integers of the step.
     integers = torch.tensor(tokens + positions + slots + samples + fresh, device=cache.device)
     parts = torch.split(integers, [len(tokens), len(tokens), len(tokens), len(samples), len(fresh)])
-    key_rows = cache.key_rows(parts[2])
     return Batch(
         token_ids=parts[0][None],
         positions=parts[1][None],
-        key_rows=key_rows,
-        value_rows=key_rows + size,
+        write_index=cache.write_index(parts[2]),
         sample_rows=parts[3],
         fresh_blocks=parts[4] if fresh else None,
         groups=tuple(_group(items, starts[id(items[0])], cache) for items in _similar(singles)),
@@ -172,14 +169,14 @@ def _group(items: Sequence[ScheduledSequence], start: int, cache: KVCache) -> Gr
     max_blocks = max(map(_num_blocks, items))
     tables = [item.sequence.block_ids for item in items]
     padded = [table + table[:1] * (max_blocks - len(table)) for table in tables]
-    block_rows = cache.block_rows(torch.tensor(padded, device=cache.device))  # [2, size, max_blocks]
-    return Group(start, tuple(item.end for item in items), block_rows.flatten())
+    read_index = cache.read_index(torch.tensor(padded, device=cache.device))
+    return Group(start, tuple(item.end for item in items), read_index)
 
 
 def _chunk(item: ScheduledSequence, start: int, cache: KVCache) -> Chunk:
     used = item.sequence.block_ids[: cache.layout.num_blocks(item.end)]
-    block_rows = cache.block_rows(torch.tensor(used, device=cache.device))  # [2, num_blocks]
-    return Chunk(start, item.num_tokens, item.end, block_rows.flatten())
+    read_index = cache.read_index(torch.tensor(used, device=cache.device))
+    return Chunk(start, item.num_tokens, item.end, read_index)
 
 
 def _additive(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

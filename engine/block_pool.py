@@ -1,17 +1,24 @@
-"""Who owns which KV block: a block is in exactly one state, and leaves it only by a named move.
+"""Who claims which KV block, and which blocks hold something that is worth finding again.
 
-    FREE -> RUNNING      a sequence computes into it                RUNNING -> FREE, LEASED
-    FREE -> RECEIVING    another worker writes into it              RECEIVING -> RUNNING, FREE, QUARANTINED
-    LEASED               another worker may read it                 LEASED -> FREE, QUARANTINED
-    QUARANTINED          nobody uses it, the wire may still do      QUARANTINED -> FREE
+    take     FREE, CACHED -> RUNNING, RECEIVING    a sequence computes into it; another worker writes into it
+    share    -> RUNNING, LEASED                    one more claim on a block whose content is known
+    move     RUNNING -> LEASED                     another worker may read it
+             RECEIVING -> RUNNING                  what came is verified
+             LEASED, RECEIVING -> QUARANTINED      nobody uses it, the wire may still do
+    release  one claim less; a block without claims is CACHED if its content is known, and FREE otherwise
 
-Knows nothing of sequences, of memory or of time; block ids are indices into whatever the owner allocated.
-A move from a state that the block is not in is our own bug (a double free, a stale reference) and asserts.
+A *label* says that a block's content is final, and under which key it can be found; such a block may be claimed many
+times over, for nobody writes to it. A block that is being received is claimed once and has no label. For accounting a
+block is in one state: that of its strongest claim (QUARANTINED > RECEIVING > LEASED > RUNNING), else CACHED or FREE.
+CACHED blocks can be had like free ones; the least recently used one loses its content first.
+
+Knows nothing of sequences, of memory, of time or of what a key stands for; block ids are indices into whatever the
+owner allocated. Giving up a claim that nobody has (a double free, a stale reference) is our own bug and asserts.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable
 from enum import StrEnum
 
@@ -20,27 +27,42 @@ class BlockState(StrEnum):
     """Where a block is in its life."""
 
     FREE = "free"
+    CACHED = "cached"
     RUNNING = "running"
     LEASED = "leased"
     RECEIVING = "receiving"
     QUARANTINED = "quarantined"
 
 
+# States that are claims, strongest first.
+CLAIMS = (BlockState.QUARANTINED, BlockState.RECEIVING, BlockState.LEASED, BlockState.RUNNING)
+READING = (BlockState.RUNNING, BlockState.LEASED)
+
+
 class BlockPool:
-    """States of `num_blocks` blocks. Free blocks are handed out in the order in which they became free."""
+    """Claims and labels of `num_blocks` blocks. Free ones are handed out in the order in which they became free."""
 
     def __init__(self, num_blocks: int) -> None:
         assert num_blocks > 0
         self.num_blocks = num_blocks
-        self._states = [BlockState.FREE] * num_blocks
+        self._claims = {state: [0] * num_blocks for state in CLAIMS}
         self._free = deque(range(num_blocks))
+        self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
+        self._keys: dict[int, bytes] = {}
+        self._blocks: dict[bytes, int] = {}  # the same, by key
         self._counts = dict.fromkeys(BlockState, 0)
         self._counts[BlockState.FREE] = num_blocks
         self._num_reserved = 0
 
     @property
     def num_free(self) -> int:
-        return len(self._free)
+        """Blocks that can be had: those that are free, and those that are only cached."""
+        return len(self._free) + len(self._cached)
+
+    @property
+    def num_cached(self) -> int:
+        """The part of `num_free` that would cost something to lose."""
+        return len(self._cached)
 
     @property
     def num_reserved(self) -> int:
@@ -51,29 +73,89 @@ class BlockPool:
         return self._counts[state]
 
     def state(self, block_id: int) -> BlockState:
-        return self._states[block_id]
+        for state in CLAIMS:
+            if self._claims[state][block_id]:
+                return state
+        return BlockState.CACHED if block_id in self._keys else BlockState.FREE
+
+    def num_claims(self, block_id: int) -> int:
+        return sum(claims[block_id] for claims in self._claims.values())
 
     def can_take(self, num_blocks: int) -> bool:
-        return num_blocks <= len(self._free)
+        return num_blocks <= self.num_free
 
     def take(self, num_blocks: int, state: BlockState) -> list[int]:
-        """`num_blocks` free blocks, now in `state`."""
+        """`num_blocks` blocks of unknown content, each with one claim: free ones, then what was cached."""
         assert num_blocks >= 0
+        assert state in CLAIMS, f"{state} is no claim"
         assert self.can_take(num_blocks), f"took {num_blocks} blocks of {self.num_free} free ones"
-        block_ids = [self._free.popleft() for _ in range(num_blocks)]
-        self._set(block_ids, BlockState.FREE, state)
+        block_ids = [self._free.popleft() if self._free else self._evict() for _ in range(num_blocks)]
+        for block_id in block_ids:
+            self._claim(block_id, state, 1)
         return block_ids
 
+    def share(self, block_ids: Iterable[int], state: BlockState) -> None:
+        """One more claim on each of these blocks of known content."""
+        shared = list(block_ids)
+        assert state in READING, f"nobody shares blocks that are {state}"
+        self._check_ids(shared)
+        for block_id in shared:
+            assert block_id in self._keys, f"the content of block {block_id} is not known"
+        for block_id in shared:
+            self._claim(block_id, state, 1)
+
     def move(self, block_ids: Iterable[int], source_state: BlockState, target_state: BlockState) -> None:
-        """Hand blocks over from one owner to the next. Neither state may be FREE: that is `take` and `release`."""
-        assert BlockState.FREE not in (source_state, target_state)
-        self._set(list(block_ids), source_state, target_state)
+        """Hand one claim on each of these blocks over to the next owner."""
+        moved = list(block_ids)
+        assert target_state in CLAIMS, f"{target_state} is no claim"
+        assert target_state is not BlockState.RECEIVING, "only blocks of unknown content are written to: take them"
+        self._check_claimed(moved, source_state)
+        for block_id in moved:
+            self._claim(block_id, target_state, 1)
+            self._claim(block_id, source_state, -1)
 
     def release(self, block_ids: Iterable[int], state: BlockState) -> None:
-        """Give back blocks that are in `state`."""
-        freed = list(block_ids)
-        self._set(freed, state, BlockState.FREE)
-        self._free.extend(freed)
+        """Give up one claim on each of these blocks. What they hold is lost in the reverse order."""
+        released = list(block_ids)
+        self._check_claimed(released, state)
+        for block_id in reversed(released):
+            self._claim(block_id, state, -1)
+        self._free.extend(block_id for block_id in released if self.state(block_id) is BlockState.FREE)
+
+    def label(self, block_id: int, key: bytes) -> None:
+        """The block's content is final and can be found by `key`, unless another block can already."""
+        self._check_ids([block_id])
+        claims = [state for state in READING if self._claims[state][block_id]]
+        assert claims, f"block {block_id} is {self.state(block_id)}: its content is nobody's to vouch for"
+        assert self._keys.get(block_id, key) == key, f"block {block_id} has another label: its content has changed"
+        if key not in self._blocks:
+            self._blocks[key] = block_id
+            self._keys[block_id] = key
+
+    def unlabel(self, block_ids: Iterable[int]) -> None:
+        """Nobody finds these blocks' content from now on; who claims them keeps them."""
+        for block_id in block_ids:
+            key = self._keys.pop(block_id, None)
+            if key is None:
+                continue
+            del self._blocks[key]
+            if block_id in self._cached:
+                self._uncache(block_id)
+                self._free.append(block_id)
+
+    def find(self, keys: Iterable[bytes]) -> list[int]:
+        """Blocks of the longest prefix of `keys` that is known. No key behind the first unknown one is drawn."""
+        found = []
+        for key in keys:
+            block_id = self._blocks.get(key)
+            if block_id is None:
+                break
+            found.append(block_id)
+        return found
+
+    def clear_cache(self) -> None:
+        """Forget all labels."""
+        self.unlabel(list(self._keys))
 
     def reserve(self, num_blocks: int) -> None:
         assert num_blocks >= 0
@@ -85,23 +167,55 @@ class BlockPool:
 
     def check_integrity(self) -> None:
         """Raise AssertionError, saying what is wrong, unless every block is in one state and counted once."""
-        free = set(self._free)
+        free, states = set(self._free), [self.state(block_id) for block_id in range(self.num_blocks)]
         assert len(free) == len(self._free), "a block is twice in the free list"
-        for block_id, state in enumerate(self._states):
+        for block_id, state in enumerate(states):
             assert (state is BlockState.FREE) == (block_id in free), f"block {block_id} is {state}, free list disagrees"
+            is_cached = block_id in self._cached
+            assert (state is BlockState.CACHED) == is_cached, f"block {block_id} is {state}: cache disagrees"
+            assert all(claims[block_id] >= 0 for claims in self._claims.values()), f"block {block_id} owes a claim"
+            if self._claims[BlockState.RECEIVING][block_id]:
+                assert self.num_claims(block_id) == 1, f"block {block_id} is being written to and is shared"
+                assert block_id not in self._keys, f"block {block_id} is being written to and has a label"
         for state in BlockState:
-            actual = self._states.count(state)
+            actual = states.count(state)
             assert actual == self._counts[state], f"{actual} blocks are {state}, counted {self._counts[state]}"
+        assert {block_id: key for key, block_id in self._blocks.items()} == self._keys, "labels and keys disagree"
         assert self._num_reserved >= 0, f"{self._num_reserved} blocks reserved"
 
-    def _set(self, block_ids: list[int], source_state: BlockState, target_state: BlockState) -> None:
-        """All or nothing."""
+    def _claim(self, block_id: int, state: BlockState, change: int) -> None:
+        """One claim more or less. Where a block leaves or enters the free list is the caller's part."""
+        before = self.state(block_id)
+        self._claims[state][block_id] += change
+        after = self.state(block_id)
+        if before is after:
+            return
+        self._counts[before] -= 1
+        self._counts[after] += 1
+        if before is BlockState.CACHED:
+            del self._cached[block_id]
+        elif after is BlockState.CACHED:
+            self._cached[block_id] = None
+
+    def _evict(self) -> int:
+        """The least recently used cached block, free now and not in the free list."""
+        block_id = next(iter(self._cached))
+        del self._blocks[self._keys.pop(block_id)]
+        self._uncache(block_id)
+        return block_id
+
+    def _uncache(self, block_id: int) -> None:
+        del self._cached[block_id]
+        self._counts[BlockState.CACHED] -= 1
+        self._counts[BlockState.FREE] += 1
+
+    def _check_ids(self, block_ids: list[int]) -> None:
         assert len(set(block_ids)) == len(block_ids), f"a block is named twice in {block_ids}"
         for block_id in block_ids:
             assert 0 <= block_id < self.num_blocks, f"block {block_id} does not exist"
-            actual = self._states[block_id]
-            assert actual is source_state, f"block {block_id} is {actual}, not {source_state}"
+
+    def _check_claimed(self, block_ids: list[int], state: BlockState) -> None:
+        assert state in CLAIMS, f"{state} is no claim"
+        self._check_ids(block_ids)
         for block_id in block_ids:
-            self._states[block_id] = target_state
-        self._counts[source_state] -= len(block_ids)
-        self._counts[target_state] += len(block_ids)
+            assert self._claims[state][block_id], f"block {block_id} is {self.state(block_id)}, not {state}"

@@ -15,15 +15,18 @@ MIB = 1 << 20
 class EngineConfig(BaseModel):
     """How one engine runs a model.
 
-    `dtype="auto"` is float32 on a CPU and the checkpoint's own on a GPU. Without `num_blocks` the pool takes
+    `dtype="auto"` is float32 on a CPU and the checkpoint's own on a GPU. KV is kept in the same dtype, or, rounded and
+    in up to a quarter of the memory, in int8. Without `num_blocks` the pool takes
     `kv_cache_memory_bytes` on a CPU, and on a GPU what the weights leave of `gpu_memory_utilization` of the device.
     `max_model_len=None` is the model's own limit, or what the pool holds if that is less. `pack_weights` lets oneDNN
     keep the weights of linear layers in a second layout (float32 on a CPU): faster steps for twice the memory.
+    `prefix_caching` keeps the KV of full blocks until the memory is needed, for prompts that begin alike.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    kv_cache_dtype: Literal["auto", "int8"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     block_size: int = Field(default=16, ge=1, le=1024)
     num_blocks: int | None = Field(default=None, ge=1)
@@ -34,6 +37,7 @@ class EngineConfig(BaseModel):
     max_num_batched_tokens: int = Field(default=512, ge=1)
     num_threads: int | None = Field(default=None, ge=1)
     pack_weights: bool = True
+    prefix_caching: bool = True
 
     @model_validator(mode="after")
     def _every_sequence_fits_a_step(self) -> Self:

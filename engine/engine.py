@@ -8,6 +8,7 @@ Knows nothing of requests' origin, of links or of deadlines: sequences come in, 
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from pdserve.engine.kv_cache import KVCache
 from pdserve.engine.model import LoadedModel, load_model
 from pdserve.engine.runner import Runner
 from pdserve.engine.sampling import sample
-from pdserve.engine.scheduler import Limit, Scheduler, SequenceStep
+from pdserve.engine.scheduler import Committed, ComputedPart, Limit, Scheduler, SequenceStep
 from pdserve.engine.sequence import Sequence
 from pdserve.proto.errors import ConfigError, PdserveError
 from pdserve.proto.types import HandoffId
@@ -29,14 +30,20 @@ from pdserve.proto.types import HandoffId
 class StepResult:
     """What one step did. `sequences` has an entry for each sequence that got a token or an error.
 
+    `parts` are the blocks of hand-offs that became final: they are leased, and the reader's to release.
+    `num_prefix_hit_tokens` of the `num_prefix_query_tokens` tokens of sequences that started were in the pool already.
+
     `num_tokens == 0` means that nothing could run: every sequence waits for blocks that are held outside the engine.
     """
 
     sequences: tuple[SequenceStep, ...]
+    parts: tuple[ComputedPart, ...]
     preempted: tuple[Sequence, ...]
     num_tokens: int
     num_prefill_tokens: int
     num_decode_tokens: int
+    num_prefix_query_tokens: int
+    num_prefix_hit_tokens: int
     duration_s: float
     limit: Limit
 
@@ -58,6 +65,7 @@ class Engine:
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_model_len=self.max_model_len,
+            prefix_caching=config.prefix_caching,
         )
         self._runner = Runner(loaded.model, cache)
 
@@ -70,35 +78,51 @@ class Engine:
         self.scheduler.add(sequence)
 
     def abort(self, handoff_id: HandoffId) -> Sequence | None:
-        """Drop a sequence and free its blocks; `None` if it is not here (any more)."""
+        """Drop a sequence and free its blocks but for those handed over; `None` if it is not here (any more)."""
         return self.scheduler.abort(handoff_id)
+
+    def hold_prefix(self, prompt_token_ids: Items[int]) -> list[int]:
+        """The blocks that hold a prompt's first tokens already, full ones only, with a RUNNING claim for the caller.
+
+        All full blocks of the prompt may be among them. None are, without prefix caching.
+        """
+        return self.scheduler.claims.hold(prompt_token_ids)
 
     def step(self, now: Callable[[], float]) -> StepResult:
         """Compute one step. `now` is the clock, in seconds."""
         started_s = now()
         plan = self.scheduler.schedule(started_s)
-        steps: tuple[SequenceStep, ...] = ()
+        done = Committed()
         if plan.scheduled:
             logits = self._runner.run(plan)  # [num_sampled, vocab]
             sampled = sample(logits, plan.sampled)
             self._scrub(plan.sampled, sampled)
-            steps = self.scheduler.commit(plan, sampled, now())
+            done = self.scheduler.commit(plan, sampled, now())
         num_tokens, num_decode_tokens = plan.num_tokens, plan.num_decode_tokens
         return StepResult(
-            sequences=steps,
+            sequences=done.steps,
+            parts=done.parts,
             preempted=plan.preempted,
             num_tokens=num_tokens,
             num_prefill_tokens=num_tokens - num_decode_tokens,
             num_decode_tokens=num_decode_tokens,
+            num_prefix_query_tokens=plan.num_prefix_query_tokens,
+            num_prefix_hit_tokens=plan.num_prefix_hit_tokens,
             duration_s=now() - started_s,
             limit=plan.limit,
         )
 
     def _scrub(self, sequences: tuple[Sequence, ...], sampled: tuple[object, ...]) -> None:
-        """Zero the blocks of sequences that failed: nobody shall inherit what made their logits bad."""
+        """Nobody shall inherit what made the logits of sequences that failed bad.
+
+        None of their blocks is found any more. Those that nobody else claims are zeroed; the others are being read, and
+        are harmless once they are free: blocks of unknown content are written before they are read.
+        """
         for sequence, result in zip(sequences, sampled, strict=True):
             if isinstance(result, PdserveError):
-                self._runner.clear(sequence.block_ids)
+                self.pool.unlabel(sequence.block_ids)
+                own = sequence.block_ids[sequence.num_handed_blocks :]
+                self._runner.clear([block_id for block_id in own if self.pool.num_claims(block_id) == 1])
 
 
 def build_engine(

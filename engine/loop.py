@@ -21,10 +21,14 @@ Command = Callable[[Engine], object]
 
 @dataclass(frozen=True, slots=True)
 class PoolCounts:
-    """Blocks by state after a turn; they sum to `total`. `reserved` is promised, not taken."""
+    """Blocks by state after a turn; they sum to `total`, but for `cached`, which is a part of `free`.
+
+    `reserved` is promised, not taken.
+    """
 
     total: int
     free: int
+    cached: int
     running: int
     leased: int
     receiving: int
@@ -106,6 +110,7 @@ class EngineLoop:
         counts = PoolCounts(
             total=pool.num_blocks,
             free=pool.num_free,
+            cached=pool.num_cached,
             running=pool.count(BlockState.RUNNING),
             leased=pool.count(BlockState.LEASED),
             receiving=pool.count(BlockState.RECEIVING),

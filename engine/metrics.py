@@ -6,11 +6,10 @@ texts or ids: labels are bounded (model, role, worker, state).
 
 from __future__ import annotations
 
-from wsgiref.simple_server import WSGIServer
-
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from pdserve.engine.loop import Turn
+from pdserve.proto.metrics_server import MetricsServer
 from pdserve.proto.types import Role
 
 STEP_BUCKETS_S = (0.001, 0.002, 0.004, 0.006, 0.01, 0.015, 0.02, 0.03, 0.04, 0.06, 0.1, 0.2, 0.4, 0.8, 1.5, 3, 6)
@@ -36,29 +35,31 @@ class EngineMetrics:
 
         self._running = gauge("pdserve_num_requests_running", "Sequences in the batch.")
         self._waiting = gauge("pdserve_num_requests_waiting", "Sequences queued for the batch.")
-        self._usage = gauge("pdserve_kv_cache_usage_perc", "Share of KV blocks that are not free, 0 to 1.")
-        blocks = Gauge("pdserve_kv_blocks", "KV blocks by state.", (*LABELS, "state"), registry=self.registry)
-        states = ("free", "running", "leased", "receiving", "quarantined", "reserved")
+        self._usage = gauge("pdserve_kv_cache_usage_perc", "Share of KV blocks that are claimed, 0 to 1.")
+        text = "KV blocks by state. `cached` is a part of `free`; `reserved` is promised, not taken."
+        blocks = Gauge("pdserve_kv_blocks", text, (*LABELS, "state"), registry=self.registry)
+        states = ("free", "cached", "running", "leased", "receiving", "quarantined", "reserved")
         self._blocks = {state: blocks.labels(*values, state) for state in states}
         self._prompt_tokens = counter("pdserve_worker_prompt_tokens", "Prompt and recomputed tokens computed here.")
         self._generation_tokens = counter("pdserve_worker_generation_tokens", "Tokens sampled here.")
         self._preemptions = counter("pdserve_num_preemptions", "Sequences preempted for lack of KV blocks.")
+        self._prefix_queries = counter(
+            "pdserve_prefix_cache_queries_tokens", "Tokens of sequences that started, looked up in the prefix cache."
+        )
+        self._prefix_hits = counter("pdserve_prefix_cache_hits_tokens", "Those of them that were found.")
         self._busy = counter("pdserve_busy_seconds", "Time spent inside engine steps.")
         self._step = histogram("pdserve_step_seconds", "Duration of one engine step.", STEP_BUCKETS_S)
         self._step_tokens = histogram("pdserve_iteration_tokens", "Tokens computed by one engine step.", TOKEN_BUCKETS)
-        self._server: WSGIServer | None = None
+        self._server: MetricsServer | None = None
 
     def serve(self, host: str) -> str:
         """Serve `/metrics` on a free port of `host`; its address."""
-        server, self._thread = start_http_server(0, host, registry=self.registry)
-        self._server = server
-        return f"{host}:{server.server_port}"
+        self._server = MetricsServer(host, 0, self.registry)
+        return self._server.address
 
     def close(self) -> None:
         if self._server is not None:
-            self._server.shutdown()
-            self._server.server_close()
-            self._thread.join()
+            self._server.close()
             self._server = None
 
     def observe(self, turn: Turn) -> None:
@@ -73,6 +74,8 @@ class EngineMetrics:
             self._prompt_tokens.inc(step.num_prefill_tokens)
             self._generation_tokens.inc(sum(one.token is not None for one in step.sequences))
             self._preemptions.inc(len(step.preempted))
+            self._prefix_queries.inc(step.num_prefix_query_tokens)
+            self._prefix_hits.inc(step.num_prefix_hit_tokens)
             self._busy.inc(step.duration_s)
             self._step.observe(step.duration_s)
             self._step_tokens.observe(step.num_tokens)

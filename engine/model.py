@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,21 @@ from transformers.utils import logging as transformers_logging
 from pdserve.engine.attention import NAME
 from pdserve.engine.checkpoint import Checkpoint, model_hash, open_checkpoint
 from pdserve.engine.config import EngineConfig
-from pdserve.engine.kv_cache import TORCH_DTYPES
 from pdserve.engine.packed_linear import can_pack, pack_linears
 from pdserve.engine.probe import plain_logits, probe
 from pdserve.proto.errors import ConfigError, ModelError
-from pdserve.proto.types import DTYPE_BYTES, KVLayout
+from pdserve.proto.kv_blocks import TORCH_DTYPES
+from pdserve.proto.types import KVLayout
+
+# What a model may compute in.
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model that has been seen to run over a paged KV cache of `layout`.
+    """A model that has been seen to run over a paged KV cache.
+
+    It will run over one of `layout`, whose dtype is the model's own or int8: the model was judged without rounding.
 
     `num_packed_linears` is zero where the weights stayed as they were loaded (a GPU, half precision, by choice).
     """
@@ -63,7 +68,8 @@ def load_model(path: Path, config: EngineConfig) -> LoadedModel:
     num_packed = pack_linears(model) if config.pack_weights and can_pack() else 0
     probe(model, layout, vocab_size, plain)
     eos_token_ids = _eos_token_ids(model, hf_config)
-    return LoadedModel(model, hf_config, layout, vocab_size, max_model_len, eos_token_ids, device, num_packed)
+    kv_layout = layout if config.kv_cache_dtype == "auto" else replace(layout, dtype=config.kv_cache_dtype)
+    return LoadedModel(model, hf_config, kv_layout, vocab_size, max_model_len, eos_token_ids, device, num_packed)
 
 
 def resolve_device(config: EngineConfig) -> torch.device:
@@ -90,8 +96,8 @@ def _resolve_dtype(config: EngineConfig, hf_config: PreTrainedConfig, device: to
     if device.type == "cpu":
         return "float32"
     name = str(hf_config.dtype).removeprefix("torch.") if hf_config.dtype is not None else "bfloat16"
-    if name not in DTYPE_BYTES:
-        raise ModelError(f"the checkpoint's dtype is {name}, supported are {', '.join(DTYPE_BYTES)}")
+    if name not in DTYPES:
+        raise ModelError(f"the checkpoint's dtype is {name}, supported are {', '.join(DTYPES)}")
     return name
 
 

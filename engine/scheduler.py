@@ -3,14 +3,18 @@
 Every sequence has tokens known and tokens computed; each step lets the second catch up with the first, under a token
 budget and a block budget. Chunked prefill, decode, local prefill and recompute after preemption are all this.
 
-    waiting  --admitted: blocks for all known tokens taken-->  running  --finished, aborted-->  gone (blocks released)
-    redeemed --admitted: already holds its blocks---------->      |     --handed off-------->  gone (blocks leased)
-    waiting  <--preempted: blocks released, tokens kept-----------+
+    waiting  --admitted: blocks for all known tokens---->  running  --finished, aborted-->  gone (blocks released)
+    redeemed --admitted: already holds its blocks------>      |     --handed off-------->  gone (blocks leased)
+    waiting  <--preempted: blocks released, tokens kept-------+
+
+A waiting sequence shares the blocks of its longest prefix that is in the pool and computes from there. One that is to
+be handed off gives its blocks away in *parts*, as they become full; the last part comes with its first token.
 
 Order: decodes first, oldest first; then prefills under way; then redeemed; then waiting, first come first served.
 A running sequence that needs a block when none is free evicts the youngest sequence that holds blocks, if that is
-younger than itself; if there is none it keeps what it has and misses the step (blocks held outside come back: leases,
-transfers and quarantines are all bounded in time). So the oldest always moves, and nobody is evicted by a younger one.
+younger than itself and has handed nothing over; if there is none it keeps what it has and misses the step (blocks held
+outside come back: leases, transfers and quarantines are all bounded in time, and who has handed something over has all
+its blocks and so ends by itself). So the oldest always moves, and nobody is evicted by a younger one.
 
 Pure: takes the time, returns decisions as data. Knows nothing of tensors, links or who waits for the tokens.
 """
@@ -20,11 +24,13 @@ from __future__ import annotations
 from bisect import insort
 from collections import deque
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from operator import attrgetter
+from typing import NamedTuple
 
-from pdserve.engine.block_pool import BlockPool, BlockState
+from pdserve.engine.block_pool import BlockPool
+from pdserve.engine.claims import Claims
 from pdserve.engine.sequence import Finish, Sequence, finish
 from pdserve.proto.errors import DuplicateRequest, InvalidRequest, PdserveError
 from pdserve.proto.types import HandoffId, TokenInfo, WorkerRequest
@@ -59,11 +65,17 @@ class ScheduledSequence:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step. `limit` says what kept the first sequence that did not get in."""
+    """One step. `limit` says what kept the first sequence that did not get in.
+
+    Of the `num_prefix_query_tokens` tokens of sequences that start, `num_prefix_hit_tokens` were found in the pool. The
+    return of a preempted sequence, which mostly finds its own, does not count.
+    """
 
     scheduled: tuple[ScheduledSequence, ...]
     preempted: tuple[Sequence, ...] = ()
     limit: Limit = Limit.NONE
+    num_prefix_query_tokens: int = 0
+    num_prefix_hit_tokens: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -83,8 +95,8 @@ class StepPlan:
 class SequenceStep:
     """What one step did for one sequence: a token at completion position `index`, or the error that ended it.
 
-    With `finish` or `error` the sequence is gone and its blocks are free; with `handed_off` it is gone and
-    its blocks are leased.
+    With `finish` or `error` the sequence is gone, and so are its claims on blocks that were not handed over; with
+    `handed_off` it is gone and all its blocks are leased.
     """
 
     sequence: Sequence
@@ -95,8 +107,47 @@ class SequenceStep:
     error: PdserveError | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class ComputedPart:
+    """The next blocks of a sequence that is to be handed off are final. They are leased: the reader's to release.
+
+    `first_block` is the place of the first one in the sequence. The last part brings the first token, and the last
+    block of it may be partly filled.
+    """
+
+    sequence: Sequence
+    first_block: int
+    block_ids: tuple[int, ...]
+    first_token: int | None
+
+
+class Committed(NamedTuple):
+    """What became of a plan, both in its order."""
+
+    steps: tuple[SequenceStep, ...] = ()
+    parts: tuple[ComputedPart, ...] = ()
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A plan in the making. `budget` is the number of tokens that may still be added."""
+
+    budget: int
+    scheduled: list[ScheduledSequence] = field(default_factory=list)
+    preempted: list[Sequence] = field(default_factory=list)
+    num_prefix_query_tokens: int = 0
+    num_prefix_hit_tokens: int = 0
+
+    def add(self, sequence: Sequence) -> None:
+        """As many of its tokens as fit."""
+        num_tokens = min(self.budget, sequence.num_uncomputed)
+        samples = num_tokens == sequence.num_uncomputed
+        self.scheduled.append(ScheduledSequence(sequence, sequence.num_computed, num_tokens, samples))
+        self.budget -= num_tokens
+
+
 class Scheduler:
-    """Owns the sequences and, through the pool, the RUNNING blocks."""
+    """Owns the sequences and, through `claims`, the RUNNING blocks."""
 
     def __init__(
         self,
@@ -106,9 +157,11 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_model_len: int,
+        prefix_caching: bool = True,
     ) -> None:
         assert max_num_batched_tokens >= max_num_seqs, "a step must have room for every decode"
         self.pool = pool
+        self.claims = Claims(pool, block_size, prefix_caching)
         self.block_size = block_size
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
@@ -136,7 +189,9 @@ class Scheduler:
     def wanted_blocks(self) -> int:
         """Blocks that the head of the queue waits for. Who takes blocks for hand-offs must leave these free,
         or a preempted sequence could starve."""
-        return self._waiting[0].table.missing_blocks(self._waiting[0].num_tokens) if self._waiting else 0
+        if not self._waiting:
+            return 0
+        return self.claims.needed_blocks(self._waiting[0], self.claims.prefix(self._waiting[0]))
 
     @property
     def has_work(self) -> bool:
@@ -170,9 +225,10 @@ class Scheduler:
         self._next_order += 1
         self._by_id[request.id] = sequence
         (self._redeemed if sequence.block_ids else self._waiting).append(sequence)
+        self.claims.label(sequence)
 
     def abort(self, handoff_id: HandoffId) -> Sequence | None:
-        """Forget a sequence and release its blocks. `None` if it is not here (any more)."""
+        """Forget a sequence and release its blocks, but for those handed over. `None` if it is not here (any more)."""
         sequence = self._by_id.get(handoff_id)
         if sequence is None:
             return None
@@ -187,88 +243,101 @@ class Scheduler:
 
     def schedule(self, now_s: float) -> StepPlan:
         """Decide the next step, take the blocks that it needs, and mark the moment for those that start."""
-        scheduled: list[ScheduledSequence] = []
-        preempted: list[Sequence] = []
-        budget = self._schedule_decodes(scheduled, preempted)
-        budget = self._continue_prefills(scheduled, budget)
+        draft = _Draft(self.max_num_batched_tokens)
+        self._schedule_decodes(draft)
+        self._continue_prefills(draft)
         # Who was evicted a moment ago must not take the freed blocks back in the same step.
-        limit = Limit.BLOCKS if preempted else self._admit(scheduled, budget)
-        for item in scheduled:
+        limit = Limit.BLOCKS if draft.preempted else self._admit(draft)
+        for item in draft.scheduled:
             if item.sequence.first_scheduled_s is None:
                 item.sequence.first_scheduled_s = now_s
-        return StepPlan(tuple(scheduled), tuple(preempted), limit)
+        return StepPlan(
+            scheduled=tuple(draft.scheduled),
+            preempted=tuple(draft.preempted),
+            limit=limit,
+            num_prefix_query_tokens=draft.num_prefix_query_tokens,
+            num_prefix_hit_tokens=draft.num_prefix_hit_tokens,
+        )
 
-    def commit(
-        self, plan: StepPlan, sampled: Items[TokenInfo | PdserveError], now_s: float
-    ) -> tuple[SequenceStep, ...]:
+    def commit(self, plan: StepPlan, sampled: Items[TokenInfo | PdserveError], now_s: float) -> Committed:
         """Book an executed plan. `sampled` is one result for each of `plan.sampled`, in that order."""
         results = iter(sampled)
-        steps = []
+        steps: list[SequenceStep] = []
+        parts: list[ComputedPart] = []
         for item in plan.scheduled:
             item.sequence.advance(item.num_tokens)
             if item.samples:
                 steps.append(self._commit_token(item.sequence, next(results), now_s))
+                if steps[-1].handed_off:
+                    parts.append(self._hand_over(item.sequence, len(item.sequence.block_ids)))
+                continue
+            self.claims.label(item.sequence)
+            if item.sequence.hand_off and item.sequence.num_full_blocks > item.sequence.num_handed_blocks:
+                parts.append(self._hand_over(item.sequence, item.sequence.num_full_blocks))
         assert next(results, None) is None, "more results than sampled sequences"
-        return tuple(steps)
+        return Committed(tuple(steps), tuple(parts))
 
-    def _schedule_decodes(self, scheduled: list[ScheduledSequence], preempted: list[Sequence]) -> int:
-        """Sequences with one token to go, evicting younger ones if need be. Returns the tokens left."""
-        budget = self.max_num_batched_tokens
+    def _schedule_decodes(self, draft: _Draft) -> None:
+        """Sequences with one token to go, evicting younger ones if need be."""
         index = 0
         while index < len(self._running):  # victims are younger, hence further on: the index stays right
             sequence = self._running[index]
             index += 1
-            if sequence.num_uncomputed == 1 and self._grow(sequence, preempted):
-                scheduled.append(_scheduled(sequence, 1))
-                budget -= 1
-        return budget
+            if sequence.num_uncomputed == 1 and self._grow(sequence, draft.preempted):
+                draft.add(sequence)
 
-    def _continue_prefills(self, scheduled: list[ScheduledSequence], budget: int) -> int:
+    def _continue_prefills(self, draft: _Draft) -> None:
         """Running sequences with more to go. They took all their blocks at admission."""
         for sequence in self._running:
-            if budget > 0 and sequence.num_uncomputed > 1:
-                scheduled.append(_scheduled(sequence, min(budget, sequence.num_uncomputed)))
-                budget -= scheduled[-1].num_tokens
-        return budget
+            if draft.budget > 0 and sequence.num_uncomputed > 1:
+                draft.add(sequence)
 
-    def _admit(self, scheduled: list[ScheduledSequence], budget: int) -> Limit:
+    def _admit(self, draft: _Draft) -> Limit:
         """Let in redeemed, then waiting sequences, in order, until one does not fit. Nobody is evicted for them."""
         while self._redeemed or self._waiting:
             if len(self._running) >= self.max_num_seqs:
                 return Limit.SEQS
-            if budget == 0:
+            if draft.budget == 0:
                 return Limit.TOKENS
             queue = self._redeemed or self._waiting
             sequence = queue[0]
-            missing = sequence.table.missing_blocks(sequence.num_tokens)
-            has_room = self.pool.can_take(missing)
+            prefix = self.claims.prefix(sequence) if queue is self._waiting else []
+            has_room = self.pool.can_take(self.claims.needed_blocks(sequence, prefix))
             if not has_room and queue is self._waiting:
                 return Limit.BLOCKS
             queue.popleft()
             insort(self._running, sequence, key=attrgetter("order"))
+            if queue is self._waiting and sequence.is_new and self.claims.prefix_caching:
+                draft.num_prefix_query_tokens += sequence.num_tokens
+                draft.num_prefix_hit_tokens += len(prefix) * self.block_size
             # A redeemed one without room for its next token joins all the same: as a runner it may evict, next step.
             if has_room:
-                sequence.table.extend(self.pool.take(missing, BlockState.RUNNING))
-                scheduled.append(_scheduled(sequence, min(budget, sequence.num_uncomputed)))
-                budget -= scheduled[-1].num_tokens
+                self.claims.grow(sequence, prefix)
+                draft.add(sequence)
         return Limit.NONE
 
     def _grow(self, sequence: Sequence, preempted: list[Sequence]) -> bool:
-        """Blocks for every token that the sequence knows; whether it has them now."""
-        missing = sequence.table.missing_blocks(sequence.num_tokens)
-        while not self.pool.can_take(missing):
-            victim = self._youngest_holder()
-            if victim.order <= sequence.order:
+        """Blocks for every token that the sequence knows; whether it has them now.
+
+        A victim frees what nobody else claims, which may be nothing: then the next one is tried, while there are any.
+        """
+        while not self.pool.can_take(self.claims.needed_blocks(sequence)):
+            victim = self._youngest_victim(sequence.order)
+            if victim is None:
                 return False
             self._preempt(victim)
             preempted.append(victim)
-        sequence.table.extend(self.pool.take(missing, BlockState.RUNNING))
+        self.claims.grow(sequence)
         return True
 
-    def _youngest_holder(self) -> Sequence:
-        """Of those that hold blocks and have not been scheduled yet: all running and all redeemed ones."""
-        candidates = [self._running[-1], *self._redeemed]
-        return max(candidates, key=attrgetter("order"))
+    def _youngest_victim(self, order: int) -> Sequence | None:
+        """Of those that hold blocks and may lose them: running and redeemed ones younger than `order`.
+
+        None of them has been scheduled yet in this step. What is handed over would not come back with its sequence, and
+        the parts that follow must lie behind it.
+        """
+        candidates = (one for one in (*self._running, *self._redeemed) if one.order > order)
+        return max((one for one in candidates if not one.num_handed_blocks), key=attrgetter("order"), default=None)
 
     def _preempt(self, sequence: Sequence) -> None:
         """Back to its place in the queue, ahead of all younger ones: without blocks, but with its tokens."""
@@ -276,7 +345,7 @@ class Scheduler:
             self._redeemed.remove(sequence)
         else:
             self._running.remove(sequence)
-        self.pool.release(sequence.forget(), BlockState.RUNNING)
+        self.claims.forget(sequence)
         insort(self._waiting, sequence, key=attrgetter("order"))
 
     def _commit_token(self, sequence: Sequence, result: TokenInfo | PdserveError, now_s: float) -> SequenceStep:
@@ -284,16 +353,22 @@ class Scheduler:
         if isinstance(result, PdserveError):
             self._leave(sequence)
             return SequenceStep(sequence, index, None, error=result)
+        self.claims.label(sequence)
         end = finish(sequence, result.token_id, self.max_model_len)
         sequence.append(result.token_id, now_s)
         handed_off = end is None and sequence.hand_off
         if handed_off:
             self._running.remove(sequence)
             del self._by_id[sequence.request.id]
-            self.pool.move(sequence.block_ids, BlockState.RUNNING, BlockState.LEASED)
         elif end is not None:
             self._leave(sequence)
         return SequenceStep(sequence, index, result, end, handed_off)
+
+    def _hand_over(self, sequence: Sequence, end: int) -> ComputedPart:
+        """Its blocks from the first one not handed over yet up to place `end`."""
+        first_block = sequence.num_handed_blocks
+        first_token = sequence.token_ids[-1] if sequence.num_output_tokens else None
+        return ComputedPart(sequence, first_block, self.claims.hand_over(sequence, end), first_token)
 
     def _leave(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
@@ -301,8 +376,4 @@ class Scheduler:
 
     def _drop(self, sequence: Sequence) -> None:
         del self._by_id[sequence.request.id]
-        self.pool.release(sequence.table.clear(), BlockState.RUNNING)
-
-
-def _scheduled(sequence: Sequence, num_tokens: int) -> ScheduledSequence:
-    return ScheduledSequence(sequence, sequence.num_computed, num_tokens, num_tokens == sequence.num_uncomputed)
+        self.claims.release(sequence)

@@ -1,15 +1,18 @@
 """One request inside the engine: its tokens, how far they are computed, and the blocks that hold their KV.
 
-Three things are stored (tokens known, tokens computed, blocks), the rest is derived. Mutable, owned by the
-scheduler of one engine. Knows nothing of tensors, of other sequences or of where its blocks' states are kept.
+Three things are stored (tokens known, tokens computed, blocks), and how far the blocks are labelled and handed over;
+the rest is derived. Mutable, owned by the scheduler of one engine. Knows nothing of tensors, of other sequences or of
+where its blocks' states are kept.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable
+from collections.abc import Sequence as Items
 from typing import NamedTuple, Self
 
+from pdserve.engine.prefix import PrefixKeys
 from pdserve.proto.types import FinishReason, Phases, WorkerRequest
 
 
@@ -77,9 +80,11 @@ class TokenCounts:
 class Sequence:
     """Tokens known (`token_ids`: prompt, then output) and how many of them are computed, i.e. have KV in the blocks.
 
-    With `hand_off` the sequence leaves the scheduler with its first token and keeps its blocks for the ticket.
-    Moments are seconds of the engine's clock. The scheduler that takes it in sets `order` (smaller is older) and the
-    block size, which the sequence does not know before.
+    With `hand_off` its blocks are handed over as they become full, the last ones with its first token: then it leaves
+    the scheduler. It goes on reading them, but who got them releases them. `num_cached_tokens` were not computed here
+    because the first admission found them in the pool; `num_recomputed_tokens` were computed more than once. Moments
+    are seconds of the engine's clock. The scheduler that takes it in sets `order` (smaller is older) and the block
+    size, which the sequence does not know before.
     """
 
     def __init__(self, request: WorkerRequest, arrival_s: float, hand_off: bool = False) -> None:
@@ -91,11 +96,16 @@ class Sequence:
         self.num_computed = 0
         self.table = BlockTable(1)
         self.order = -1
+        self.num_labelled_blocks = 0
+        self.num_handed_blocks = 0
+        self.num_cached_tokens = 0
         self.num_recomputed_tokens = 0
         self.num_transferred_tokens = 0
         self.first_scheduled_s: float | None = None
         self.first_token_s: float | None = None
         self.last_token_s: float | None = None
+        self._num_once_computed = 0  # the most that has been computed of it, here or elsewhere
+        self._keys = PrefixKeys(1)
         self._counts: TokenCounts | None = None
 
     @classmethod
@@ -104,6 +114,7 @@ class Sequence:
         sequence = cls(request, arrival_s)
         sequence.token_ids.append(first_token)
         sequence.num_computed = sequence.num_transferred_tokens = sequence.num_prompt_tokens
+        sequence._num_once_computed = sequence.num_computed
         sequence.table.extend(block_ids)
         return sequence
 
@@ -111,6 +122,7 @@ class Sequence:
         """Enter a scheduler: its place in the order of age, and the size of the blocks that it holds or will hold."""
         self.order = order
         self.table = BlockTable(block_size, self.table.block_ids)
+        self._keys = PrefixKeys(block_size)
         assert self.table.capacity_tokens >= self.num_computed, "too few blocks for the tokens computed"
 
     @property
@@ -135,9 +147,36 @@ class Sequence:
     def block_ids(self) -> list[int]:
         return self.table.block_ids
 
+    @property
+    def num_full_blocks(self) -> int:
+        """Blocks in which every token is computed: nobody writes to them any more."""
+        return self.num_computed // self.table.block_size
+
+    @property
+    def is_new(self) -> bool:
+        """Nothing of it has been computed yet, here or elsewhere."""
+        return self._num_once_computed == 0
+
+    def keys(self, num_blocks: int) -> list[bytes]:
+        """Prefix keys of its first blocks, which its tokens must fill."""
+        return self._keys.of(self.token_ids, num_blocks)
+
+    def inherit(self, block_ids: Items[int]) -> None:
+        """Begin with full blocks that others computed and labelled. Only for a sequence without blocks."""
+        assert not self.block_ids
+        self.table.extend(block_ids)
+        self.num_labelled_blocks = len(block_ids)
+        self.num_computed = self.table.capacity_tokens
+        assert self.num_computed < self.num_tokens, "a token must be left to compute"
+        if self.is_new:
+            self.num_cached_tokens = self.num_computed
+        self._num_once_computed = max(self._num_once_computed, self.num_computed)
+
     def advance(self, num_tokens: int) -> None:
         """`num_tokens` more tokens have KV in the blocks."""
+        self.num_recomputed_tokens += max(0, min(num_tokens, self._num_once_computed - self.num_computed))
         self.num_computed += num_tokens
+        self._num_once_computed = max(self._num_once_computed, self.num_computed)
         assert self.num_computed <= min(self.num_tokens, self.table.capacity_tokens)
 
     def append(self, token_id: int, now_s: float) -> None:
@@ -156,9 +195,10 @@ class Sequence:
         return self._counts
 
     def forget(self) -> list[int]:
-        """Give up all KV, to be computed again later; the tokens stay. Returns the blocks."""
-        self.num_recomputed_tokens += self.num_computed
+        """Give up all KV, to be computed again later as far as it is not found; the tokens stay. Returns the blocks."""
+        assert not self.num_handed_blocks, "others read what it would compute again"
         self.num_computed = 0
+        self.num_labelled_blocks = 0
         return self.table.clear()
 
     @property

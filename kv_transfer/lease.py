@@ -1,64 +1,133 @@
-"""The prefill worker's side of a hand-off: blocks kept for one decode worker, for a limited time.
+"""The prefill worker's side of a hand-off: its states, what happens to it, and what it asks for. Frozen values.
 
-    (nothing) --Grant--> LEASED --SendStarted--> SENDING --SendEnded--> LEASED
+    (nothing) --Accept--> ACCEPTED --PartComputed--> LEASED --PartComputed--> LEASED ...
+    LEASED      --SendStarted--> SENDING --a newer SendStarted--> SENDING --SendEnded of the last--> LEASED
+    ACCEPTED    --Abort | Release--> gone
     LEASED      --Release | Abort | Tick after expiry--> gone, blocks freed
     SENDING     --Release | Abort | Tick after expiry--> QUARANTINED, blocks still untouchable
-    QUARANTINED --SendEnded of the running send--> gone, blocks freed
+    QUARANTINED --SendEnded of the last running send--> gone, blocks freed
+
+KV leaves in *parts*: runs of blocks that are complete while later chunks of the prompt are still being computed. Each
+part is offered once the one before it was accepted; an offer that got no answer is repeated until the lease lapses,
+one that was refused ends the hand-off aloud, so that nobody waits for KV that will never come. A lease that ends before
+its last part says `StopPrefill`: the rest of the prompt is not worth computing, and must not read freed blocks.
 
 Only `SendEnded` proves that a send no longer reads the blocks; until then they are never freed, whatever the
 decode worker said. Only `Tick` lapses a lease, so that an expired one is treated alike whichever message comes
-first: it can no longer be renewed or sent. A send is identified by its link epoch, which grows: a repeated or
-older `SendStarted` starts nothing.
+first: it can no longer be renewed or sent. A send is identified by its link epoch and its part: a repeated or older
+`SendStarted` starts nothing. A newer one may come while an older send runs: the target has all the bytes of a part
+before we know that our send of it has ended, or has given an attempt up that still runs here. Both only read.
 
 A one-sided read (shared memory) happens under the lease without SENDING: the reader renews while it reads. If the
 lease is lost all the same, it reads blocks that may be in use again; the digest over its own copy catches that.
 
-Pure: no clock, no I/O. Knows nothing of how blocks are allocated (two leases may share a cached block: whoever
-frees counts references) nor of what a link is.
+Knows nothing of how blocks are allocated (two leases may share a cached block: whoever frees counts claims) nor of what
+a link is. `lease_step` holds the transitions, `leases` the table.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
-from types import MappingProxyType
 
-from pdserve.kv_transfer.effects import FreeBlocks, Ignored, QuarantineBlocks, Refused, raise_refusal
+from pdserve.kv_transfer.effects import FreeBlocks, Ignored, QuarantineBlocks, Refused
 from pdserve.proto.types import HandoffId, WorkerRef
 
 
 class LeaseState(StrEnum):
+    ACCEPTED = "accepted"
     LEASED = "leased"
     SENDING = "sending"
     QUARANTINED = "quarantined"
 
 
 @dataclass(frozen=True, slots=True)
+class LeaseTimes:
+    """How long a silent decode worker is waited for, and how soon an unanswered offer is repeated."""
+
+    lease_s: float
+    retry_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class SendKey:
+    """Which send: newer ones compare greater."""
+
+    link_epoch: int
+    part: int
+
+
+@dataclass(frozen=True, slots=True)
 class Lease:
-    """`link_epoch` is that of the newest send, 0 before the first. `expires_s` is on the owner's clock."""
+    """`parts` are the block ids of each part so far; the last brings `first_token`. `num_tokens` is the prompt's.
+
+    `num_accepted` parts the target knows of; `is_offering`: an offer is out and not answered. `send` is the newest
+    send, `None` before the first; `running` are those that may still read. Times are on the owner's clock; `expires_s`
+    counts from the first part on.
+    """
 
     id: HandoffId
     target: WorkerRef
-    block_ids: tuple[int, ...]
-    lease_s: float
-    expires_s: float
-    state: LeaseState = LeaseState.LEASED
-    link_epoch: int = 0
+    num_tokens: int
+    times: LeaseTimes
+    state: LeaseState = LeaseState.ACCEPTED
+    parts: tuple[tuple[int, ...], ...] = ()
+    first_token: int | None = None
+    num_accepted: int = 0
+    is_offering: bool = False
+    offer_at_s: float = 0.0
+    expires_s: float = 0.0
+    send: SendKey | None = None
+    running: tuple[SendKey, ...] = ()
+
+    @property
+    def block_ids(self) -> tuple[int, ...]:
+        return sum(self.parts, ())
+
+    @property
+    def is_complete(self) -> bool:
+        return self.first_token is not None
+
+    @property
+    def is_live(self) -> bool:
+        """Whether the target may still renew and redeem it."""
+        return self.state in (LeaseState.LEASED, LeaseState.SENDING)
 
     def is_expired(self, now_s: float) -> bool:
-        return now_s >= self.expires_s
+        return self.is_live and now_s >= self.expires_s
 
 
 # Events.
 
 
 @dataclass(frozen=True, slots=True)
-class Grant:
+class Accept:
+    """The router asks for a prompt of `num_tokens` whose KV goes to `target`."""
+
     id: HandoffId
     target: WorkerRef
+    num_tokens: int
+    times: LeaseTimes
+
+
+@dataclass(frozen=True, slots=True)
+class PartComputed:
+    """These blocks are final, and this lease's from now on, whatever its state. The last ones bring `first_token`."""
+
+    id: HandoffId
     block_ids: tuple[int, ...]
-    lease_s: float
+    first_token: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OfferEnded:
+    """The answer to an offer. `error_kind` is "" if it was accepted; `is_transient` if there was no answer."""
+
+    id: HandoffId
+    part: int
+    error_kind: str = ""
+    message: str = ""
+    is_transient: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,15 +137,20 @@ class Renew:
 
 @dataclass(frozen=True, slots=True)
 class SendStarted:
+    """`target` redeems a part from its block `first` on: what comes before, it holds already."""
+
     id: HandoffId
-    link_epoch: int
+    target: WorkerRef
+    key: SendKey
+    first: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class SendEnded:
+    """That send reads no block any more, whatever became of it."""
+
     id: HandoffId
-    link_epoch: int
-    ok: bool
+    key: SendKey
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,10 +170,26 @@ class Tick:
     id: HandoffId
 
 
-LeaseEvent = Grant | Renew | SendStarted | SendEnded | Release | Abort | Tick
+LeaseEvent = Accept | PartComputed | OfferEnded | Renew | SendStarted | SendEnded | Release | Abort | Tick
 
 
 # Effects of this side only.
+
+
+@dataclass(frozen=True, slots=True)
+class SendOffer:
+    """Tell the target that this part can be redeemed; answer `OfferEnded`, whatever happened.
+
+    `first_block` is the position of the part's first block in the hand-off; the last part brings `first_token`.
+    """
+
+    id: HandoffId
+    target: WorkerRef
+    num_tokens: int
+    part: int
+    first_block: int
+    block_ids: tuple[int, ...]
+    first_token: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +198,15 @@ class StartSend:
 
     id: HandoffId
     target: WorkerRef
+    key: SendKey
     block_ids: tuple[int, ...]
-    link_epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class StopPrefill:
+    """Compute no further chunk of this prompt. Comes before its blocks are freed."""
+
+    id: HandoffId
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,166 +224,25 @@ class LeaseLost:
 
 
 @dataclass(frozen=True, slots=True)
-class LeaseLapsed:
-    """Nobody released or renewed in time."""
+class HandoffFailed:
+    """The request ends here with this error."""
 
     id: HandoffId
-    reason: str
+    kind: str
+    message: str
 
 
-LeaseEffect = FreeBlocks | QuarantineBlocks | Refused | Ignored | StartSend | LeaseRenewed | LeaseLost | LeaseLapsed
-LeaseStep = tuple[Lease | None, tuple[LeaseEffect, ...]]
-
-
-def step(lease: Lease | None, event: LeaseEvent, now_s: float) -> LeaseStep:
-    """What `event` makes of `lease` at `now_s`. `None` is a hand-off without a lease, before or after."""
-    match event:
-        case Grant():
-            return _grant(lease, event, now_s)
-        case Renew():
-            return _renew(lease, event, now_s)
-        case SendStarted():
-            return _start_send(lease, event, now_s)
-        case SendEnded():
-            return _end_send(lease, event)
-        case Release(id, outcome):
-            return _finish(lease, id, outcome)
-        case Abort(id, reason):
-            return _finish(lease, id, reason)
-        case Tick(id):
-            return _tick(lease, id, now_s)
-
-
-def _grant(lease: Lease | None, event: Grant, now_s: float) -> LeaseStep:
-    if lease is None:
-        return Lease(event.id, event.target, event.block_ids, event.lease_s, now_s + event.lease_s), ()
-    if (lease.target, lease.block_ids) == (event.target, event.block_ids):
-        return lease, (Ignored(event.id, "leased already"),)
-    return lease, (Refused(event.id, "DuplicateRequest", f"{event.id} is leased already, with other blocks"),)
-
-
-def _renew(lease: Lease | None, event: Renew, now_s: float) -> LeaseStep:
-    if lease is None:
-        return None, (LeaseLost(event.id, "no such lease"),)
-    if lease.state is LeaseState.QUARANTINED or lease.is_expired(now_s):
-        return lease, (LeaseLost(event.id, "the lease has ended"),)
-    expires_s = max(lease.expires_s, now_s + lease.lease_s)
-    return replace(lease, expires_s=expires_s), (LeaseRenewed(event.id, expires_s),)
-
-
-def _start_send(lease: Lease | None, event: SendStarted, now_s: float) -> LeaseStep:
-    if lease is None or lease.state is LeaseState.QUARANTINED or lease.is_expired(now_s):
-        return lease, (Refused(event.id, "StaleReference", f"no lease for {event.id}"),)
-    if event.link_epoch == lease.link_epoch:
-        return lease, (Ignored(event.id, f"link epoch {event.link_epoch} was redeemed already"),)
-    if event.link_epoch < lease.link_epoch:
-        message = f"{event.id}: link epoch {event.link_epoch} is older than {lease.link_epoch}"
-        return lease, (Refused(event.id, "StaleReference", message),)
-    if lease.state is LeaseState.SENDING:
-        message = f"{event.id} is still being sent on link epoch {lease.link_epoch}"
-        return lease, (Refused(event.id, "TransferFailed", message),)
-    # Asking for the blocks shows that the decode worker lives: it counts as a renewal.
-    expires_s = max(lease.expires_s, now_s + lease.lease_s)
-    sending = replace(lease, state=LeaseState.SENDING, link_epoch=event.link_epoch, expires_s=expires_s)
-    return sending, (StartSend(lease.id, lease.target, lease.block_ids, event.link_epoch),)
-
-
-def _end_send(lease: Lease | None, event: SendEnded) -> LeaseStep:
-    if lease is None or lease.state is LeaseState.LEASED or event.link_epoch != lease.link_epoch:
-        return lease, (Ignored(event.id, f"no send on link epoch {event.link_epoch}"),)
-    if lease.state is LeaseState.SENDING:
-        return replace(lease, state=LeaseState.LEASED), ()
-    reason = "sent" if event.ok else "send failed"
-    return None, (FreeBlocks(lease.id, lease.block_ids, from_quarantine=True, reason=reason),)
-
-
-def _finish(lease: Lease | None, id: HandoffId, reason: str) -> LeaseStep:
-    if lease is None:
-        return None, (Ignored(id, f"no lease to end: {reason}"),)
-    if lease.state is LeaseState.QUARANTINED:
-        return lease, (Ignored(id, f"has ended already: {reason}"),)
-    if lease.state is LeaseState.LEASED:
-        return None, (FreeBlocks(lease.id, lease.block_ids, from_quarantine=False, reason=reason),)
-    # Even "redeemed" waits for the send to return: it usually overtakes it by moments.
-    quarantined = replace(lease, state=LeaseState.QUARANTINED)
-    return quarantined, (QuarantineBlocks(lease.id, lease.block_ids, reason),)
-
-
-def _tick(lease: Lease | None, id: HandoffId, now_s: float) -> LeaseStep:
-    if lease is None or lease.state is LeaseState.QUARANTINED or not lease.is_expired(now_s):
-        return lease, ()
-    reason = f"lease lapsed: {lease.target.worker_id} neither renewed nor released within {lease.lease_s:g} s"
-    after, effects = _finish(lease, id, reason)
-    return after, (LeaseLapsed(id, reason), *effects)
-
-
-class LeaseTable:
-    """Owner of every lease of one prefill worker. Each method returns what to do, in order."""
-
-    def __init__(self, lease_s: float) -> None:
-        self._lease_s = lease_s
-        self._leases: dict[HandoffId, Lease] = {}
-
-    @property
-    def leases(self) -> Mapping[HandoffId, Lease]:
-        return MappingProxyType(self._leases)
-
-    def num_blocks(self, *states: LeaseState) -> int:
-        return sum(len(lease.block_ids) for lease in self._leases.values() if lease.state in states)
-
-    @property
-    def quarantined_blocks(self) -> int:
-        return self.num_blocks(LeaseState.QUARANTINED)
-
-    @property
-    def next_deadline_s(self) -> float | None:
-        """When `sweep` next has something to do; `None` if nothing will expire."""
-        live = (lease.expires_s for lease in self._leases.values() if lease.state is not LeaseState.QUARANTINED)
-        return min(live, default=None)
-
-    def grant(
-        self, id: HandoffId, target: WorkerRef, block_ids: Iterable[int], now_s: float
-    ) -> tuple[LeaseEffect, ...]:
-        """Keep `block_ids` for `target`. Raises `DuplicateRequest` if `id` is leased with other blocks."""
-        return self._checked(Grant(id, target, tuple(block_ids), self._lease_s), now_s)
-
-    def renew(self, ids: Iterable[HandoffId], now_s: float) -> tuple[HandoffId, ...]:
-        """Prolong the leases; returns the ids that are lost. Frees nothing: expired leases wait for `sweep`."""
-        effects = [effect for id in ids for effect in self._step(Renew(id), now_s)]
-        return tuple(effect.id for effect in effects if isinstance(effect, LeaseLost))
-
-    def send_started(self, id: HandoffId, link_epoch: int, now_s: float) -> tuple[LeaseEffect, ...]:
-        """The decode worker redeems. Send only on `StartSend`: a repeated call is `Ignored`.
-
-        Raises `StaleReference` (lease gone, or an older link epoch) or `TransferFailed` (an earlier send runs).
-        """
-        return self._checked(SendStarted(id, link_epoch), now_s)
-
-    def send_ended(self, id: HandoffId, link_epoch: int, ok: bool, now_s: float) -> tuple[LeaseEffect, ...]:
-        """The send of this epoch no longer reads the blocks."""
-        return self._step(SendEnded(id, link_epoch, ok), now_s)
-
-    def release(self, id: HandoffId, outcome: str, now_s: float) -> tuple[LeaseEffect, ...]:
-        """The decode worker is done: "redeemed", or why not."""
-        return self._step(Release(id, outcome), now_s)
-
-    def abort(self, id: HandoffId, reason: str, now_s: float) -> tuple[LeaseEffect, ...]:
-        """The request ended."""
-        return self._step(Abort(id, reason), now_s)
-
-    def sweep(self, now_s: float) -> tuple[LeaseEffect, ...]:
-        """Lapse what has expired. Visits every lease: deadlines are in no order."""
-        return tuple(effect for id in list(self._leases) for effect in self._step(Tick(id), now_s))
-
-    def _checked(self, event: LeaseEvent, now_s: float) -> tuple[LeaseEffect, ...]:
-        effects = self._step(event, now_s)
-        raise_refusal(effects)
-        return effects
-
-    def _step(self, event: LeaseEvent, now_s: float) -> tuple[LeaseEffect, ...]:
-        lease, effects = step(self._leases.get(event.id), event, now_s)
-        if lease is None:
-            self._leases.pop(event.id, None)
-        else:
-            self._leases[event.id] = lease
-        return effects
+LeaseEffect = (
+    FreeBlocks
+    | QuarantineBlocks
+    | Refused
+    | Ignored
+    | SendOffer
+    | StartSend
+    | StopPrefill
+    | LeaseRenewed
+    | LeaseLost
+    | HandoffFailed
+)
+LeaseEffects = tuple[LeaseEffect, ...]
+LeaseStep = tuple[Lease | None, LeaseEffects]

@@ -9,41 +9,57 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
 
+from pdserve.kv_transfer.lease import SendKey
 from pdserve.proto import wire
 from pdserve.proto import worker_pb2 as pb
 from pdserve.proto import worker_pb2_grpc as pb_grpc
-from pdserve.proto.channels import CHANNEL_OPTIONS
+from pdserve.proto.channels import OpenChannel, open_channel
 from pdserve.proto.errors import WorkerLost
 from pdserve.proto.status import error_from_call
-from pdserve.proto.types import HandoffId, KVTicket, WorkerRef
+from pdserve.proto.types import HandoffId, KVPart, KVTicket, WorkerRef
+
+
+@dataclass(frozen=True, slots=True)
+class Redemption:
+    """Which part, from its block `first` on, and over which link: where the redeeming side waits, if it has to."""
+
+    id: HandoffId
+    key: SendKey
+    first: int
+    link: str
+    link_address: str
 
 
 class Peers:
     """Owner of the channels to other workers."""
 
-    def __init__(self, timeout_s: float) -> None:
+    def __init__(self, timeout_s: float, open_channel: OpenChannel = open_channel) -> None:
         self._timeout_s = timeout_s
+        self._open_channel = open_channel
         self._channels: dict[WorkerRef, grpc.aio.Channel] = {}
         self._gone: set[tuple[str, int]] = set()
 
-    async def offer(self, target: WorkerRef, ticket: KVTicket) -> None:
-        request = pb.OfferRequest(ticket=wire.ticket_to_wire(ticket), target_generation=target.generation)
+    async def offer(self, target: WorkerRef, ticket: KVTicket, part: KVPart) -> None:
+        request = pb.OfferRequest(
+            ticket=wire.ticket_to_wire(ticket), part=wire.part_to_wire(part), target_generation=target.generation
+        )
         await self._call(target, "Offer", request)
 
-    async def redeem(
-        self, source: WorkerRef, me: WorkerRef, handoff: HandoffId, link: str, epoch: int, address: str
-    ) -> None:
+    async def redeem(self, source: WorkerRef, me: WorkerRef, redemption: Redemption) -> None:
         request = pb.RedeemRequest(
-            id=wire.handoff_to_wire(handoff),
+            id=wire.handoff_to_wire(redemption.id),
             target=wire.ref_to_wire(me),
             source_generation=source.generation,
-            link=link,
-            link_epoch=epoch,
-            link_address=address,
+            part=redemption.key.part,
+            first=redemption.first,
+            link=redemption.link,
+            link_epoch=redemption.key.link_epoch,
+            link_address=redemption.link_address,
         )
         await self._call(source, "Redeem", request)
 
@@ -87,5 +103,5 @@ class Peers:
         if (peer.worker_id, peer.generation) in self._gone:
             raise WorkerLost(f"{peer.worker_id} is gone")
         if peer not in self._channels:
-            self._channels[peer] = grpc.aio.insecure_channel(peer.address, options=CHANNEL_OPTIONS)
+            self._channels[peer] = self._open_channel(peer.address)
         return self._channels[peer]

@@ -4,9 +4,13 @@ Torch's TCPStore is not used for the rendezvous: its client waits for ever on a 
 (a stopped process), listens on every interface, and asks for no secret. A store over our own channel has our deadline.
 
 Known of Gloo (torch 2.13), each covered by a test:
-- a dead peer ends a wait at once; a stopped one ends it at the deadline, after which the pair is closed for good,
-  so that nothing is written late;
-- `abort` from another thread does not wake a wait;
+- a dead peer ends a wait at once, but not for a message whose bytes have begun to flow: a large message is therefore
+  followed by one of a single byte, and that is what a receiver waits for. A sender learns of it at its deadline only;
+- a stopped peer ends a wait at the deadline, after which the pair is closed for good, so that nothing is written late;
+- `abort` from another thread does not wake a wait, and leaves messages pending: only a wait that ended, well or at
+  its deadline, proves that their memory is no longer used;
+- several messages may be pending each way and keep their order; bytes flow only once the receive is posted, and a
+  receive posted late can cost milliseconds where cores are few: post ahead;
 - a message shorter than what was posted passes silently (digests catch it), a longer one ends the *receiving process*:
   both ends must derive sizes from the same plan, agreed on before (the header).
 
@@ -16,7 +20,7 @@ Foreign exceptions end here. Knows nothing of blocks.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -79,6 +83,7 @@ class PairGroup:
         """Consumes `channel`. `host` is the interface of the data connection on this side."""
         check_torch()
         self._peer = 1 - rank
+        self._end = torch.zeros(1, dtype=torch.uint8)  # of large messages; read and written, never looked at
         try:
             with _translated("the link could not be opened"):
                 options = _Gloo._Options()
@@ -86,26 +91,67 @@ class PairGroup:
                 options._timeout = timedelta(seconds=deadline.left_s())
                 options._threads = 1
                 store = _ChannelStore(channel, deadline)
-                self._group: Any = _Gloo(store, rank, 2, options)
+                self._group: Any = _Gloo(store, rank, 2, options)  # None once closed
         finally:
             channel.close()
 
-    def send(self, data: torch.Tensor, deadline: Deadline) -> None:
-        """`data`: contiguous uint8 in host memory; not read any more on return."""
-        with _translated("the peer took no more bytes"):
-            work = self._group.send([data], self._peer, 0)
-            work.wait(timedelta(seconds=deadline.left_s()))
+    def send(self, *pieces: torch.Tensor) -> Pending:
+        """Begin to send a message: contiguous uint8 in host memory. Messages go out in the order of the calls."""
+        with _translated(_NO_SEND):
+            group = self._open_group()
+            return Pending([group.send([piece], self._peer, 0) for piece in self._with_end(pieces)], _NO_SEND)
 
-    def recv(self, data: torch.Tensor, deadline: Deadline) -> None:
-        """Fill `data`; not written any more on return, whatever happened."""
-        with _translated("the peer sent no more bytes"):
-            work = self._group.recv([data], self._peer, 0)
-            work.wait(timedelta(seconds=deadline.left_s()))
+    def recv(self, *pieces: torch.Tensor) -> Pending:
+        """Begin to fill these with the next message that no earlier call waits for, whose pieces must be as large."""
+        with _translated(_NO_RECV):
+            group = self._open_group()
+            return Pending([group.recv([piece], self._peer, 0) for piece in self._with_end(pieces)], _NO_RECV)
 
     def close(self) -> None:
-        with _translated("the link could not be closed"):
-            self._group.abort()
-            self._group.shutdown()
+        """The peer learns of it at once, provided that no message is pending. Harmless when repeated."""
+        group, self._group = self._group, None
+        if group is not None:
+            with _translated("the link could not be closed"):
+                group.abort()
+                group.shutdown()
+        # The connection ends with the last reference to the group: this one, even if a traceback still knows this pair.
+
+    def _with_end(self, pieces: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        num_bytes = sum(piece.numel() for piece in pieces)
+        return pieces if num_bytes < _MIN_ENDED_BYTES else (*pieces, self._end)
+
+    def _open_group(self) -> Any:
+        if self._group is None:
+            raise TransferFailed("the link is closed")
+        return self._group
+
+
+_NO_SEND = "the peer took no more bytes"
+_NO_RECV = "the peer sent no more bytes"
+
+
+class Pending:
+    """A message on its way. Its memory belongs to Gloo until `wait` or `cancel` ends, however it ends."""
+
+    def __init__(self, works: list[Any], failure: str) -> None:
+        self._works = works  # a message's pieces and its end; those that are done would keep the connection open
+        self._failure = failure
+
+    def wait(self, deadline: Deadline) -> None:
+        with _translated(self._failure):
+            while self._works:
+                self._works[-1].wait(timedelta(seconds=deadline.left_s()))
+                self._works.pop()
+
+    def cancel(self) -> None:
+        """Give the message up, and with it the whole pair unless it is done already. Harmless when it has ended."""
+        while self._works:
+            with suppress(TransferFailed), _translated(self._failure):
+                self._works.pop().wait(_AT_ONCE)
+
+
+_MIN_ENDED_BYTES = 1 << 16  # what is smaller comes in one piece
+_AT_ONCE = timedelta(milliseconds=1)  # zero would mean the group's own timeout
 
 
 @contextmanager

@@ -16,8 +16,11 @@ from pdserve.kv_transfer.reservation import (
     Effects,
     Expect,
     Fail,
+    FetchPart,
     Offer,
+    PartEnded,
     Phase,
+    ReleaseHeld,
     RenewDue,
     RenewLease,
     Reservation,
@@ -26,16 +29,14 @@ from pdserve.kv_transfer.reservation import (
     ReservationStep,
     Room,
     SendRelease,
-    StartTransfer,
-    StartVerify,
     TakeBlocks,
     Tick,
-    TransferEnded,
     Unreserve,
-    Verified,
-    WireIdle,
 )
-from pdserve.proto.types import KVTicket
+from pdserve.proto.types import HandoffId, KVPart, KVTicket
+
+WORTH_A_SECOND_PULL = frozenset({"TransferFailed", "CorruptKV"})
+"""The source still leases the blocks: what came wrong may come right over a new link."""
 
 
 def step(reservation: Reservation | None, event: ReservationEvent, now_s: float) -> ReservationStep:
@@ -44,7 +45,7 @@ def step(reservation: Reservation | None, event: ReservationEvent, now_s: float)
         case Expect():
             return _expect(reservation, event, now_s)
         case Offer():
-            return _offer(reservation, event.ticket, now_s)
+            return _offer(reservation, event, now_s)
         case Room():
             return _room(reservation, event)
         case BlocksTaken():
@@ -53,15 +54,12 @@ def step(reservation: Reservation | None, event: ReservationEvent, now_s: float)
             if reservation is None or not reservation.asked:
                 return reservation, (Ignored(event.id, "no blocks were asked for"),)
             return replace(reservation, asked=False), ()
-        case TransferEnded():
-            return _transfer_ended(reservation, event, now_s)
-        case WireIdle():
-            ended = TransferEnded(event.id, "TransferFailed", "the link was closed during the transfer")
-            return _transfer_ended(reservation, ended, now_s)
-        case Verified():
-            return _verified(reservation, event)
+        case PartEnded():
+            return _part_ended(reservation, event, now_s)
         case Abort():
-            return _abort(reservation, event)
+            if reservation is None or reservation.phase is Phase.QUARANTINED:
+                return reservation, (Ignored(event.id, f"has ended already: {event.reason}"),)
+            return _end(reservation, event.error_kind, event.reason)
         case RenewDue():
             return _renew(reservation, now_s)
         case Tick():
@@ -71,68 +69,85 @@ def step(reservation: Reservation | None, event: ReservationEvent, now_s: float)
 def _expect(reservation: Reservation | None, event: Expect, now_s: float) -> ReservationStep:
     if reservation is None:
         deadline_s = min(now_s + event.timeouts.reserve_s, event.request_deadline_s)
-        return (
-            Reservation(
-                event.id,
-                event.source,
-                event.num_tokens,
-                event.layout,
-                event.timeouts,
-                event.request_deadline_s,
-                deadline_s,
-            ),
-            (),
+        expected = Reservation(
+            event.id,
+            event.source,
+            event.num_tokens,
+            event.layout,
+            event.timeouts,
+            event.request_deadline_s,
+            deadline_s,
         )
+        return expected, ()
     same = (reservation.source, reservation.num_tokens) == (event.source, event.num_tokens)
     if same and reservation.phase is not Phase.QUARANTINED:
         return reservation, (Ignored(event.id, "expected already"),)
     return reservation, (Refused(event.id, "DuplicateRequest", f"{event.id} is in flight here"),)
 
 
-def _offer(reservation: Reservation | None, ticket: KVTicket, now_s: float) -> ReservationStep:
-    if reservation is None or reservation.phase is Phase.QUARANTINED:
-        return reservation, (Refused(ticket.id, "StaleReference", f"{ticket.id} is not expected here"),)
-    expected, offering = reservation.source, ticket.source
-    if (offering.worker_id, offering.generation) != (expected.worker_id, expected.generation):
-        message = (
-            f"{ticket.id} is expected from {expected.worker_id} generation {expected.generation}, "
-            f"not from {offering.worker_id} generation {offering.generation}"
-        )
-        return reservation, (Refused(ticket.id, "StaleReference", message),)
-    if reservation.ticket is not None:
-        if reservation.ticket == ticket:
-            return reservation, (Ignored(ticket.id, "offered already"),)
-        return reservation, (Refused(ticket.id, "StaleReference", f"{ticket.id} was offered with another ticket"),)
-    problem = _unusable(reservation, ticket)
+def _offer(reservation: Reservation | None, event: Offer, now_s: float) -> ReservationStep:
+    id, ticket, part = event.id, event.ticket, event.part
+    stranger = _not_meant_here(reservation, ticket, part)
+    if stranger:
+        return reservation, (Refused(id, "StaleReference", f"{id}: {stranger}"),)
+    assert reservation is not None
+    if part.index < len(reservation.parts):
+        return reservation, (Ignored(id, f"part {part.index} was offered already"),)
+    problem = _unusable(reservation, ticket, part)
     if problem:
-        effects = _end(reservation, "LayoutMismatch", problem, release=False)
-        return None, (Refused(ticket.id, "LayoutMismatch", problem), *effects)
-    timeouts = reservation.timeouts
-    # A source may grant shorter leases than we know of: three chances to renew in each.
-    renew_s = min(timeouts.renew_s, ticket.lease_s / 3)
-    offered = replace(
-        reservation,
+        after, effects = _end(reservation, "LayoutMismatch", f"{id}: {problem}", release=False)
+        return after, (Refused(id, "LayoutMismatch", f"{id}: {problem}"), *effects)
+    offered = replace(reservation, parts=(*reservation.parts, part))
+    if reservation.phase is Phase.WAITING:
+        return _fetch_next(offered, now_s)
+    if reservation.phase is not Phase.RESERVED:
+        return offered, ()
+    first = replace(
+        offered,
         phase=Phase.OFFERED,
         ticket=ticket,
         offered_s=now_s,
-        renew_at_s=now_s + renew_s,
-        deadline_s=min(now_s + timeouts.room_s, reservation.request_deadline_s),
+        renew_at_s=now_s + _renew_every_s(reservation, ticket),
+        deadline_s=_deadline_s(reservation, reservation.timeouts.room_s, now_s),
     )
-    return offered, ()
+    return first, ()
 
 
-def _unusable(reservation: Reservation, ticket: KVTicket) -> str:
-    """Why this ticket can never be redeemed here, or ""."""
-    differences = reservation.layout.differences(ticket.layout)
-    if differences:
-        return f"{ticket.id}: KV layouts differ ({', '.join(differences)})"
+def _not_meant_here(reservation: Reservation | None, ticket: KVTicket, part: KVPart) -> str:
+    """Why this offer is not one that is waited for, or ""."""
+    if reservation is None or reservation.phase is Phase.QUARANTINED:
+        return "is not expected here"
+    expected, offering = reservation.source, ticket.source
+    if (offering.worker_id, offering.generation) != (expected.worker_id, expected.generation):
+        return (
+            f"is expected from {expected.worker_id} generation {expected.generation}, "
+            f"not from {offering.worker_id} generation {offering.generation}"
+        )
+    if reservation.ticket is not None and reservation.ticket != ticket:
+        return "was offered with another ticket"
+    if part.index > len(reservation.parts):
+        return f"part {part.index} came before part {len(reservation.parts)}"
+    if part.index < len(reservation.parts) and reservation.parts[part.index] != part:
+        return f"part {part.index} was offered with other blocks"
+    return ""
+
+
+def _unusable(reservation: Reservation, ticket: KVTicket, part: KVPart) -> str:
+    """Why the KV can never be used here, or ""."""
+    obstacles = reservation.layout.obstacles(ticket.layout)
+    if obstacles:
+        return f"KV layouts differ ({', '.join(obstacles)})"
     if ticket.num_tokens != reservation.num_tokens:
-        return f"{ticket.id}: KV of {ticket.num_tokens} tokens offered, {reservation.num_tokens} expected"
-    num_blocks, num_digests = len(ticket.block_ids), len(ticket.block_digests)
-    if (num_blocks, num_digests) != (reservation.num_blocks, reservation.num_blocks):
-        return f"{ticket.id}: {num_blocks} blocks and {num_digests} digests offered, {reservation.num_blocks} expected"
+        return f"KV of {ticket.num_tokens} tokens offered, {reservation.num_tokens} expected"
     if not ticket.lease_s > 0:
-        return f"{ticket.id}: offered with a lease of {ticket.lease_s} s"
+        return f"offered with a lease of {ticket.lease_s} s"
+    if part.first_block != reservation.num_offered_blocks:
+        return f"part {part.index} begins at block {part.first_block}, {reservation.num_offered_blocks} expected"
+    if not part.block_ids or len(part.block_ids) != len(part.block_digests):
+        return f"part {part.index} has {len(part.block_ids)} blocks and {len(part.block_digests)} digests"
+    end, expected = part.first_block + len(part.block_ids), ticket.layout.num_blocks(ticket.num_tokens)
+    if end > expected or (end == expected) != part.is_last:
+        return f"part {part.index} ends at block {end} of {expected}, last: {part.is_last}"
     return ""
 
 
@@ -145,68 +160,83 @@ def _room(reservation: Reservation | None, event: Room) -> ReservationStep:
 def _blocks_taken(reservation: Reservation | None, event: BlocksTaken, now_s: float) -> ReservationStep:
     if reservation is None or not reservation.asked or len(event.block_ids) != reservation.num_blocks:
         # The answer to an ask of an earlier use of this id, or to none.
-        returned = FreeBlocks(event.id, event.block_ids, from_quarantine=False, reason="taken after the request ended")
-        return reservation, (returned,)
+        reason = "taken after the request ended"
+        return reservation, _give_back(event.id, event.block_ids, event.num_held, reason)
+    taken = replace(reservation, asked=False, block_ids=event.block_ids, num_held=event.num_held)
+    after, effects = _fetch_next(taken, now_s)
+    return after, (Unreserve(event.id, reservation.num_blocks), *effects)
+
+
+def _fetch_next(reservation: Reservation, now_s: float) -> ReservationStep:
+    """Go on with the next part that is needed; admit after the last, or wait for it."""
+    while reservation.num_done < len(reservation.parts):
+        part = reservation.parts[reservation.num_done]
+        if part.first_block + len(part.block_ids) > reservation.first_needed:
+            return _pull(replace(reservation, num_pulls=0), now_s)
+        reservation = replace(reservation, num_done=reservation.num_done + 1)
+    if reservation.is_complete:
+        first_token = reservation.parts[-1].first_token
+        assert first_token is not None
+        return None, (
+            SendRelease(reservation.id, reservation.source, "redeemed"),
+            Admit(reservation.id, first_token, reservation.block_ids, reservation.num_held),
+        )
+    deadline_s = _deadline_s(reservation, reservation.timeouts.part_s, now_s)
+    return replace(reservation, phase=Phase.WAITING, deadline_s=deadline_s), ()
+
+
+def _pull(reservation: Reservation, now_s: float) -> ReservationStep:
+    part = reservation.parts[reservation.num_done]
     assert reservation.ticket is not None
-    transferring = replace(
+    pulling = replace(
         reservation,
         phase=Phase.TRANSFERRING,
-        asked=False,
-        block_ids=event.block_ids,
-        deadline_s=min(now_s + reservation.timeouts.transfer_s, reservation.request_deadline_s),
+        num_pulls=reservation.num_pulls + 1,
+        deadline_s=_deadline_s(reservation, reservation.timeouts.transfer_s, now_s),
     )
-    return transferring, (
-        Unreserve(event.id, reservation.num_blocks),
-        StartTransfer(event.id, reservation.ticket, event.block_ids),
-    )
+    first = max(0, reservation.first_needed - part.first_block)
+    return pulling, (FetchPart(reservation.id, reservation.ticket, part, first, reservation.block_ids),)
 
 
-def _transfer_ended(reservation: Reservation | None, event: TransferEnded, now_s: float) -> ReservationStep:
-    if reservation is None or reservation.phase not in (Phase.TRANSFERRING, Phase.QUARANTINED):
-        return reservation, (Ignored(event.id, "no transfer is running"),)
+def _part_ended(reservation: Reservation | None, event: PartEnded, now_s: float) -> ReservationStep:
+    fetching = (Phase.TRANSFERRING, Phase.QUARANTINED)
+    if reservation is None or reservation.phase not in fetching or event.part != reservation.num_done:
+        return reservation, (Ignored(event.id, f"part {event.part} is not being fetched"),)
     if reservation.phase is Phase.QUARANTINED:
-        freed = FreeBlocks(event.id, reservation.block_ids, from_quarantine=True, reason="the wire is idle")
-        return None, (freed,)
-    if event.error_kind:
-        return None, _end(reservation, event.error_kind, event.message)
-    assert reservation.ticket is not None
-    deadline_s = min(now_s + reservation.timeouts.verify_s, reservation.request_deadline_s)
-    verifying = replace(reservation, phase=Phase.VERIFYING, deadline_s=deadline_s)
-    return verifying, (StartVerify(event.id, reservation.ticket, reservation.block_ids),)
-
-
-def _verified(reservation: Reservation | None, event: Verified) -> ReservationStep:
-    if reservation is None or reservation.phase is not Phase.VERIFYING:
-        return reservation, (Ignored(event.id, "nothing is being verified"),)
-    if event.error_kind:
-        return None, _end(reservation, event.error_kind, event.message)
-    assert reservation.ticket is not None
-    return None, (
-        SendRelease(event.id, reservation.ticket.source, "redeemed"),
-        Admit(event.id, reservation.ticket, reservation.block_ids),
-    )
-
-
-def _abort(reservation: Reservation | None, event: Abort) -> ReservationStep:
-    if reservation is None or reservation.phase is Phase.QUARANTINED:
-        return reservation, (Ignored(event.id, f"has ended already: {event.reason}"),)
-    return _interrupt(reservation, event.error_kind, event.reason)
+        block_ids = reservation.block_ids[reservation.num_held :]
+        return None, (FreeBlocks(event.id, block_ids, from_quarantine=True, reason="the wire is idle"),)
+    if not event.error_kind:
+        return _fetch_next(replace(reservation, num_done=reservation.num_done + 1), now_s)
+    idle = replace(reservation, phase=Phase.WAITING)
+    # No answer is no death: of that the fleet tells.
+    kind = "TransferFailed" if event.error_kind == "WorkerLost" else event.error_kind
+    if kind in WORTH_A_SECOND_PULL and reservation.num_pulls < reservation.timeouts.max_pulls:
+        return _pull(idle, now_s)
+    return _end(idle, kind, event.message)
 
 
 def _renew(reservation: Reservation | None, now_s: float) -> ReservationStep:
     if reservation is None or not reservation.is_leased or now_s < reservation.renew_at_s:
         return reservation, ()
     assert reservation.ticket is not None
-    renew_s = min(reservation.timeouts.renew_s, reservation.ticket.lease_s / 3)
-    renewed = replace(reservation, renew_at_s=now_s + renew_s)
+    renewed = replace(reservation, renew_at_s=now_s + _renew_every_s(reservation, reservation.ticket))
     return renewed, (RenewLease(reservation.id, reservation.ticket.source),)
+
+
+def _renew_every_s(reservation: Reservation, ticket: KVTicket) -> float:
+    """A source may grant shorter leases than we know of: three chances to renew in each."""
+    return min(reservation.timeouts.renew_s, ticket.lease_s / 3)
+
+
+def _deadline_s(reservation: Reservation, timeout_s: float, now_s: float) -> float:
+    return min(now_s + timeout_s, reservation.request_deadline_s)
 
 
 _LATE = {
     Phase.RESERVED: "no offer came from {source} within {timeouts.reserve_s:g} s",
     Phase.OFFERED: "no room for {num_blocks} blocks within {timeouts.room_s:g} s",
+    Phase.WAITING: "{source} offered no further part within {timeouts.part_s:g} s",
     Phase.TRANSFERRING: "the transfer from {source} took longer than {timeouts.transfer_s:g} s",
-    Phase.VERIFYING: "the digests were not checked within {timeouts.verify_s:g} s",
 }
 
 
@@ -215,32 +245,38 @@ def _tick(reservation: Reservation | None, now_s: float) -> ReservationStep:
         return reservation, ()
     if now_s >= reservation.request_deadline_s:
         message = f"the deadline passed while the hand-off was {reservation.phase}"
-        return _interrupt(reservation, "DeadlineExceeded", message)
+        return _end(reservation, "DeadlineExceeded", message)
     message = _LATE[reservation.phase].format(
         source=reservation.source.worker_id, num_blocks=reservation.num_blocks, timeouts=reservation.timeouts
     )
-    return _interrupt(reservation, "TransferFailed", message)
+    return _end(reservation, "TransferFailed", message)
 
 
-def _interrupt(reservation: Reservation, kind: str, message: str) -> ReservationStep:
-    """End the request from outside, in any phase but QUARANTINED."""
-    if reservation.phase is not Phase.TRANSFERRING:
-        return None, _end(reservation, kind, message)
-    return replace(reservation, phase=Phase.QUARANTINED), (
-        QuarantineBlocks(reservation.id, reservation.block_ids, message),
-        SendRelease(reservation.id, reservation.source, f"{kind}: {message}"),
-        Fail(reservation.id, kind, message),
-    )
+def _end(reservation: Reservation, kind: str, message: str, release: bool = True) -> ReservationStep:
+    """Fail the request now; give its memory back now if nothing can write to it any more, else when that is proven.
 
-
-def _end(reservation: Reservation, kind: str, message: str, release: bool = True) -> Effects:
-    """Give back whatever a reservation with an idle wire holds, and fail the request."""
-    effects: list[ReservationEffect] = []
-    if reservation.block_ids:
-        effects.append(FreeBlocks(reservation.id, reservation.block_ids, from_quarantine=False, reason=message))
+    `release` tells the source; not needed where its own call is being refused.
+    """
+    id, held, received = reservation.id, reservation.num_held, reservation.block_ids[reservation.num_held :]
+    effects: Effects = ()
+    after: Reservation | None = None
+    if reservation.phase is Phase.TRANSFERRING:
+        after = replace(reservation, phase=Phase.QUARANTINED)
+        effects += (QuarantineBlocks(id, received, message), *_release_held(id, reservation.block_ids[:held]))
+    elif reservation.block_ids:
+        effects += _give_back(id, reservation.block_ids, held, message)
     else:
-        effects.append(Unreserve(reservation.id, reservation.num_blocks))
+        effects += (Unreserve(id, reservation.num_blocks),)
     if release and reservation.is_leased:
-        effects.append(SendRelease(reservation.id, reservation.source, f"{kind}: {message}"))
-    effects.append(Fail(reservation.id, kind, message))
-    return tuple(effects)
+        effects += (SendRelease(id, reservation.source, f"{kind}: {message}"),)
+    return after, (*effects, Fail(id, kind, message))
+
+
+def _give_back(id: HandoffId, block_ids: tuple[int, ...], num_held: int, reason: str) -> Effects:
+    received = block_ids[num_held:]
+    freed: Effects = (FreeBlocks(id, received, from_quarantine=False, reason=reason),) if received else ()
+    return freed + _release_held(id, block_ids[:num_held])
+
+
+def _release_held(id: HandoffId, block_ids: tuple[int, ...]) -> tuple[ReservationEffect, ...]:
+    return (ReleaseHeld(id, block_ids),) if block_ids else ()

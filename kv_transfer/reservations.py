@@ -9,14 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-from pdserve.kv_transfer.effects import raise_refusal
+from pdserve.kv_transfer.effects import Ignored, raise_refusal
 from pdserve.kv_transfer.reservation import (
     Abort,
+    Admit,
     BlocksRefused,
     BlocksTaken,
     Effects,
     Expect,
     Offer,
+    PartEnded,
     Phase,
     RenewDue,
     RenewLease,
@@ -25,12 +27,9 @@ from pdserve.kv_transfer.reservation import (
     Room,
     Tick,
     Timeouts,
-    TransferEnded,
-    Verified,
-    WireIdle,
 )
 from pdserve.kv_transfer.reservation_step import step
-from pdserve.proto.types import HandoffId, KVLayout, KVTicket, WorkerRef
+from pdserve.proto.types import HandoffId, KVLayout, KVPart, KVTicket, WorkerRef
 
 
 class ReservationTable:
@@ -40,31 +39,16 @@ class ReservationTable:
         self._layout = layout
         self._timeouts = timeouts
         self._reservations: dict[HandoffId, Reservation] = {}
+        self._admitted: dict[HandoffId, float] = {}  # and until when its source may go on offering it
 
     @property
     def reservations(self) -> Mapping[HandoffId, Reservation]:
         return MappingProxyType(self._reservations)
 
     @property
-    def reserved_blocks(self) -> int:
-        """Promised, not taken."""
-        waiting = (Phase.RESERVED, Phase.OFFERED)
-        return sum(entry.num_blocks for entry in self._reservations.values() if entry.phase in waiting)
-
-    def num_blocks(self, *phases: Phase) -> int:
-        """Blocks that are taken for hand-offs in these phases."""
-        return sum(len(entry.block_ids) for entry in self._reservations.values() if entry.phase in phases)
-
-    @property
     def quarantined_blocks(self) -> int:
-        return self.num_blocks(Phase.QUARANTINED)
-
-    @property
-    def next_deadline_s(self) -> float | None:
-        """When `sweep` or `due_renewals` next has something to do; `None` if never without a new event."""
-        live = [entry for entry in self._reservations.values() if entry.phase is not Phase.QUARANTINED]
-        renewals = (entry.renew_at_s for entry in live if entry.is_leased)
-        return min([*(entry.deadline_s for entry in live), *renewals], default=None)
+        entries = (entry for entry in self._reservations.values() if entry.phase is Phase.QUARANTINED)
+        return sum(len(entry.block_ids) - entry.num_held for entry in entries)
 
     def expect(
         self, id: HandoffId, source: WorkerRef, num_tokens: int, request_deadline_s: float, now_s: float
@@ -75,11 +59,13 @@ class ReservationTable:
         raise_refusal(effects)
         return effects
 
-    def offer(self, ticket: KVTicket, now_s: float) -> Effects:
-        """The source has the KV. A `Refused` among the effects must be raised to it, after the others are done:
-        `StaleReference` (not expected, or not from there) or `LayoutMismatch` (the request has failed, too).
+    def offer(self, ticket: KVTicket, part: KVPart, now_s: float) -> Effects:
+        """The source has a part of the KV. A `Refused` among the effects must be raised to it, after the others are
+        done: `StaleReference` (not expected, or not from there) or `LayoutMismatch` (the request has failed, too).
         """
-        return self._step(Offer(ticket.id, ticket), now_s)
+        if ticket.id in self._admitted:  # the answer was lost, and the release is not there yet
+            return (Ignored(ticket.id, "redeemed already"),)
+        return self._step(Offer(ticket.id, ticket, part), now_s)
 
     def on_room(self, num_free_blocks: int, now_s: float) -> Effects:
         """Ask for blocks for those offers, oldest first, that fit into what is free and not asked for yet."""
@@ -93,24 +79,28 @@ class ReservationTable:
             effects.append(self._step(Room(entry.id), now_s))
         return sum(effects, ())
 
-    def blocks_taken(self, id: HandoffId, block_ids: Sequence[int], now_s: float) -> Effects:
-        return self._step(BlocksTaken(id, tuple(block_ids)), now_s)
+    def blocks_taken(self, id: HandoffId, block_ids: Sequence[int], num_held: int, now_s: float) -> Effects:
+        return self._step(BlocksTaken(id, tuple(block_ids), num_held), now_s)
 
     def blocks_refused(self, id: HandoffId, now_s: float) -> Effects:
         return self._step(BlocksRefused(id), now_s)
 
-    def transfer_ended(self, id: HandoffId, now_s: float, error_kind: str = "", message: str = "") -> Effects:
-        return self._step(TransferEnded(id, error_kind, message), now_s)
-
-    def wire_idle(self, id: HandoffId, now_s: float) -> Effects:
-        return self._step(WireIdle(id), now_s)
-
-    def verified(self, id: HandoffId, now_s: float, error_kind: str = "", message: str = "") -> Effects:
-        return self._step(Verified(id, error_kind, message), now_s)
+    def part_ended(self, id: HandoffId, part: int, now_s: float, error_kind: str = "", message: str = "") -> Effects:
+        """What became of a `FetchPart`; its wire is idle."""
+        return self._step(PartEnded(id, part, error_kind, message), now_s)
 
     def abort(self, id: HandoffId, reason: str, now_s: float, error_kind: str = "RequestCancelled") -> Effects:
         """End the request at once: cancelled, source lost (`WorkerLost`), lease lost (`TransferFailed`)."""
         return self._step(Abort(id, reason, error_kind), now_s)
+
+    def peer_gone(self, worker_id: str, generation: int, now_s: float) -> Effects:
+        """That process died: no KV will come from it. What its successor was asked for stays."""
+        reason = f"{worker_id} died before its KV had arrived"
+        effects: Effects = ()
+        for entry in list(self._reservations.values()):
+            if (entry.source.worker_id, entry.source.generation) == (worker_id, generation):
+                effects += self.abort(entry.id, reason, now_s, "WorkerLost")
+        return effects
 
     def due_renewals(self, now_s: float) -> dict[WorkerRef, tuple[HandoffId, ...]]:
         """Leases to renew now, by source; they count as renewed at `now_s`."""
@@ -123,12 +113,17 @@ class ReservationTable:
 
     def sweep(self, now_s: float) -> Effects:
         """End what missed its deadline. Visits every reservation: deadlines are in no order."""
+        self._admitted = {id: until_s for id, until_s in self._admitted.items() if now_s < until_s}
         return tuple(effect for id in list(self._reservations) for effect in self._step(Tick(id), now_s))
 
     def _step(self, event: ReservationEvent, now_s: float) -> Effects:
-        reservation, effects = step(self._reservations.get(event.id), event, now_s)
+        before = self._reservations.get(event.id)
+        reservation, effects = step(before, event, now_s)
         if reservation is None:
             self._reservations.pop(event.id, None)
         else:
             self._reservations[event.id] = reservation
+        if before is not None and before.ticket is not None and any(isinstance(effect, Admit) for effect in effects):
+            # Even a request that is over soon: an offer repeated after that is no error. Twice, for a late renewal.
+            self._admitted[event.id] = now_s + 2 * before.ticket.lease_s
         return effects

@@ -1,7 +1,8 @@
 """Link on one host: the sink maps the source's pool read-only and copies straight out of it, each byte once.
 
-One-sided: the source takes no part, its lease protects the blocks meanwhile (and the digest, should the lease be
-lost). The mapping is made at the first transfer and kept until the link is closed; a mapped pool stays in memory even
+One-sided: the source takes no part, its lease protects the blocks meanwhile (and the check, should the lease be lost).
+Blocks are copied and checked in groups that fit in a core's cache, so that a digest reads what the copy has just
+written. The mapping is made at the first transfer and kept until the link is closed; a mapped pool stays in memory even
 after its owner died, so links to dead peers must be closed.
 """
 
@@ -9,23 +10,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
-from pdserve.kv_transfer.link import Bytes, Deadline, LinkEnd, Transfer, check_block_ids
+from pdserve.kv_transfer.link import (
+    Bytes,
+    Deadline,
+    Landing,
+    LinkEnd,
+    PartCheck,
+    Transfer,
+    check_block_ids,
+    host_rows,
+)
 from pdserve.kv_transfer.plan import copy_runs
 from pdserve.kv_transfer.shared_pool import map_pool
 from pdserve.proto.errors import LayoutMismatch, TransferFailed
 
-MAX_RUN_BYTES = 64 << 20
-"""Longest copy between two looks at the deadline: some tens of milliseconds."""
+GROUP_BYTES = 512 << 10
+"""Of a group, or one block if that is larger. Half of a usual L2 cache: less pays Python's overhead more often, more
+reads the blocks from memory again (and lets memcpy pass the caches by)."""
 
 
 class ShmSink:
-    """`peer_address` is the `SharedPool.address` of the source. `pool` is `[num_blocks, block_bytes]`."""
+    """`peer_address` is the `SharedPool.address` of the source."""
 
-    def __init__(self, peer_address: str, pool: torch.Tensor, layout_hash: int, link_epoch: int) -> None:
+    def __init__(self, peer_address: str, layout_hash: int, link_epoch: int) -> None:
         self._peer_address = peer_address
-        self._end = LinkEnd(pool, layout_hash, link_epoch)
+        self._end = LinkEnd(layout_hash, link_epoch)
         self._source: Bytes | None = None
         self._is_open = True
 
@@ -34,18 +43,20 @@ class ShmSink:
         return ""
 
     def receive(
-        self, transfer: Transfer, source_block_ids: Sequence[int], target_block_ids: Sequence[int], timeout_s: float
+        self, transfer: Transfer, source_block_ids: Sequence[int], landing: Landing, check: PartCheck, timeout_s: float
     ) -> None:
         deadline = Deadline(timeout_s)
-        self._end.check(transfer, target_block_ids)
-        source, target = self._mapped(transfer), self._end.rows
-        check_block_ids(transfer, source_block_ids, source.shape[0])
-        max_blocks = max(1, MAX_RUN_BYTES // transfer.block_bytes)
-        for run in copy_runs(zip(source_block_ids, target_block_ids, strict=True)):
-            for first in range(0, run.num_blocks, max_blocks):
-                deadline.left_s()
-                last = min(first + max_blocks, run.num_blocks)
-                target[run.target + first : run.target + last] = source[run.source + first : run.source + last]
+        self._end.check(transfer, landing.pool, landing.block_ids)
+        source, target = self._mapped(transfer), host_rows(landing.pool)
+        check_block_ids(transfer, source_block_ids, len(source))
+        max_blocks = max(1, GROUP_BYTES // transfer.block_bytes)
+        for first in range(0, transfer.num_blocks, max_blocks):
+            deadline.left_s()
+            group = slice(first, first + max_blocks)
+            block_ids = landing.block_ids[group]
+            for run in copy_runs(zip(source_block_ids[group], block_ids, strict=True)):
+                target[run.target : run.target + run.num_blocks] = source[run.source : run.source + run.num_blocks]
+            check(first, landing.pool, block_ids)
 
     def close(self) -> None:
         self._is_open = False

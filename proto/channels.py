@@ -8,13 +8,17 @@ client with `CHANNEL_OPTIONS` by closing the connection (GOAWAY, too_many_pings)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+import grpc.aio
 
 KEEPALIVE_MS = 5_000
 MAX_MESSAGE_BYTES = 64 << 20
 MAX_RECONNECT_MS = 1_000
 
 Options = Sequence[tuple[str, int]]
+OpenChannel = Callable[[str], grpc.aio.Channel]
+"""From an address to a channel: what everybody who calls somebody is given, and a simulation replaces."""
 
 _BOTH_ENDS: Options = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -43,3 +47,8 @@ SERVER_OPTIONS: Options = (
     ("grpc.http2.min_ping_interval_without_data_ms", 2_000),
     ("grpc.http2.max_ping_strikes", 0),
 )
+
+
+def open_channel(address: str) -> grpc.aio.Channel:
+    """A channel to a server of this cluster. Must be closed."""
+    return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)

@@ -93,7 +93,8 @@ class WorkerRequest:
 class KVLayout:
     """Shape of one KV block: `[num_layers, 2, block_size, num_kv_heads, head_dim]` of `dtype`.
 
-    Two workers exchange blocks only if their layouts are equal. `num_kv_heads` counts the heads of one rank.
+    In int8 the scales of its rows (of `head_dim` elements) follow, aligned to their size. `num_kv_heads` counts the
+    heads of one rank.
     """
 
     model_hash: str
@@ -104,8 +105,23 @@ class KVLayout:
     block_size: int
 
     @property
+    def num_rows(self) -> int:
+        return self.num_layers * 2 * self.block_size * self.num_kv_heads
+
+    @property
+    def element_bytes(self) -> int:
+        return self.num_rows * self.head_dim * DTYPE_BYTES[self.dtype]
+
+    @property
+    def scales_at_bytes(self) -> int:
+        """Where the scales of an int8 block begin: the elements, filled up to a multiple of a scale's size."""
+        return -(-self.element_bytes // SCALE_BYTES) * SCALE_BYTES
+
+    @property
     def block_bytes(self) -> int:
-        return self.num_layers * 2 * self.block_size * self.num_kv_heads * self.head_dim * DTYPE_BYTES[self.dtype]
+        if self.dtype == "int8":
+            return self.scales_at_bytes + self.num_rows * SCALE_BYTES
+        return self.element_bytes
 
     def num_blocks(self, num_tokens: int) -> int:
         """Blocks that hold `num_tokens` tokens."""
@@ -117,12 +133,19 @@ class KVLayout:
         pairs = ((name, getattr(self, name), getattr(other, name)) for name in names)
         return [f"{name}: {ours} != {theirs}" for name, ours, theirs in pairs if ours != theirs]
 
+    def obstacles(self, other: KVLayout) -> list[str]:
+        """The differences that keep two workers from exchanging KV: all but the block size and a quantised dtype."""
+        is_quantised = "int8" in (self.dtype, other.dtype) and {self.dtype, other.dtype} <= DTYPE_BYTES.keys()
+        bridged = ("block_size:", "dtype:") if is_quantised else ("block_size:",)
+        return [difference for difference in self.differences(other) if not difference.startswith(bridged)]
+
     def hash64(self) -> int:
         """64-bit hash of every field, carried in link headers."""
         return int.from_bytes(hashlib.blake2b(repr(self).encode(), digest_size=8).digest(), "little")
 
 
-DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+SCALE_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,22 +190,39 @@ class WorkerLoad:
 
 @dataclass(frozen=True, slots=True)
 class KVTicket:
-    """The right to redeem one hand-off's KV from the worker that leases it.
+    """The right to redeem one hand-off's KV, part by part, from the worker that leases it.
 
-    `block_digests[i]` is bound to the hand-off and to position `i`, not to `block_ids[i]`: the blocks land
-    under other ids. `num_tokens` counts tokens whose KV is in the blocks (the prompt).
+    `num_tokens` counts tokens whose KV the hand-off has in all (the prompt). `layout` is that of the bytes on the link.
+    `digest` names the algorithm of the parts' digests.
     """
 
     id: HandoffId
     source: WorkerRef
     num_tokens: int
     layout: KVLayout
-    first_token: int
-    block_ids: tuple[int, ...]
-    block_digests: tuple[int, ...]
+    digest: str
     lease_s: float
     host_id: str
     link_address: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class KVPart:
+    """A run of a hand-off's blocks, complete at the source: those from position `first_block` on.
+
+    `block_ids` are the source's. `block_digests[i]` is bound to the hand-off and to position `first_block + i`, not to
+    `block_ids[i]`: the blocks land under other ids. The last part brings the first generated token.
+    """
+
+    index: int
+    first_block: int
+    block_ids: tuple[int, ...]
+    block_digests: tuple[int, ...]
+    first_token: int | None = None
+
+    @property
+    def is_last(self) -> bool:
+        return self.first_token is not None
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from pdserve.proto.types import (
     FinishReason,
     HandoffId,
     KVLayout,
+    KVPart,
     KVTicket,
     Phases,
     Role,
@@ -200,9 +201,7 @@ def ticket_to_wire(value: KVTicket) -> pb.KVTicket:
         source=ref_to_wire(value.source),
         num_tokens=value.num_tokens,
         layout=layout_to_wire(value.layout),
-        first_token=value.first_token,
-        block_ids=value.block_ids,
-        block_digests=value.block_digests,
+        digest=value.digest,
         lease_s=value.lease_s,
         host_id=value.host_id,
         link_address=dict(value.link_address),
@@ -215,12 +214,30 @@ def ticket_from_wire(message: pb.KVTicket) -> KVTicket:
         source=ref_from_wire(message.source),
         num_tokens=message.num_tokens,
         layout=layout_from_wire(message.layout),
-        first_token=message.first_token,
-        block_ids=tuple(message.block_ids),
-        block_digests=tuple(message.block_digests),
+        digest=message.digest,
         lease_s=message.lease_s,
         host_id=message.host_id,
         link_address=dict(message.link_address),
+    )
+
+
+def part_to_wire(value: KVPart) -> pb.KVPart:
+    return pb.KVPart(
+        index=value.index,
+        first_block=value.first_block,
+        block_ids=value.block_ids,
+        block_digests=value.block_digests,
+        first_token=value.first_token,
+    )
+
+
+def part_from_wire(message: pb.KVPart) -> KVPart:
+    return KVPart(
+        index=message.index,
+        first_block=message.first_block,
+        block_ids=tuple(message.block_ids),
+        block_digests=tuple(message.block_digests),
+        first_token=message.first_token if message.HasField("first_token") else None,
     )
 
 

@@ -273,7 +273,7 @@ class LoadRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class KVTicket(_message.Message):
-    __slots__ = ("id", "source", "num_tokens", "layout", "first_token", "block_ids", "block_digests", "lease_s", "host_id", "link_address")
+    __slots__ = ("id", "source", "num_tokens", "layout", "digest", "lease_s", "host_id", "link_address")
     class LinkAddressEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -285,9 +285,7 @@ class KVTicket(_message.Message):
     SOURCE_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
-    FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
-    BLOCK_IDS_FIELD_NUMBER: _ClassVar[int]
-    BLOCK_DIGESTS_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
     LEASE_S_FIELD_NUMBER: _ClassVar[int]
     HOST_ID_FIELD_NUMBER: _ClassVar[int]
     LINK_ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -295,37 +293,55 @@ class KVTicket(_message.Message):
     source: WorkerRef
     num_tokens: int
     layout: KVLayout
-    first_token: int
-    block_ids: _containers.RepeatedScalarFieldContainer[int]
-    block_digests: _containers.RepeatedScalarFieldContainer[int]
+    digest: str
     lease_s: float
     host_id: str
     link_address: _containers.ScalarMap[str, str]
-    def __init__(self, id: _Optional[_Union[HandoffId, _Mapping]] = ..., source: _Optional[_Union[WorkerRef, _Mapping]] = ..., num_tokens: _Optional[int] = ..., layout: _Optional[_Union[KVLayout, _Mapping]] = ..., first_token: _Optional[int] = ..., block_ids: _Optional[_Iterable[int]] = ..., block_digests: _Optional[_Iterable[int]] = ..., lease_s: _Optional[float] = ..., host_id: _Optional[str] = ..., link_address: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    def __init__(self, id: _Optional[_Union[HandoffId, _Mapping]] = ..., source: _Optional[_Union[WorkerRef, _Mapping]] = ..., num_tokens: _Optional[int] = ..., layout: _Optional[_Union[KVLayout, _Mapping]] = ..., digest: _Optional[str] = ..., lease_s: _Optional[float] = ..., host_id: _Optional[str] = ..., link_address: _Optional[_Mapping[str, str]] = ...) -> None: ...
+
+class KVPart(_message.Message):
+    __slots__ = ("index", "first_block", "block_ids", "block_digests", "first_token")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    FIRST_BLOCK_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_IDS_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_DIGESTS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    first_block: int
+    block_ids: _containers.RepeatedScalarFieldContainer[int]
+    block_digests: _containers.RepeatedScalarFieldContainer[int]
+    first_token: int
+    def __init__(self, index: _Optional[int] = ..., first_block: _Optional[int] = ..., block_ids: _Optional[_Iterable[int]] = ..., block_digests: _Optional[_Iterable[int]] = ..., first_token: _Optional[int] = ...) -> None: ...
 
 class OfferRequest(_message.Message):
-    __slots__ = ("ticket", "target_generation")
+    __slots__ = ("ticket", "part", "target_generation")
     TICKET_FIELD_NUMBER: _ClassVar[int]
+    PART_FIELD_NUMBER: _ClassVar[int]
     TARGET_GENERATION_FIELD_NUMBER: _ClassVar[int]
     ticket: KVTicket
+    part: KVPart
     target_generation: int
-    def __init__(self, ticket: _Optional[_Union[KVTicket, _Mapping]] = ..., target_generation: _Optional[int] = ...) -> None: ...
+    def __init__(self, ticket: _Optional[_Union[KVTicket, _Mapping]] = ..., part: _Optional[_Union[KVPart, _Mapping]] = ..., target_generation: _Optional[int] = ...) -> None: ...
 
 class RedeemRequest(_message.Message):
-    __slots__ = ("id", "target", "source_generation", "link", "link_epoch", "link_address")
+    __slots__ = ("id", "target", "source_generation", "part", "first", "link", "link_epoch", "link_address")
     ID_FIELD_NUMBER: _ClassVar[int]
     TARGET_FIELD_NUMBER: _ClassVar[int]
     SOURCE_GENERATION_FIELD_NUMBER: _ClassVar[int]
+    PART_FIELD_NUMBER: _ClassVar[int]
+    FIRST_FIELD_NUMBER: _ClassVar[int]
     LINK_FIELD_NUMBER: _ClassVar[int]
     LINK_EPOCH_FIELD_NUMBER: _ClassVar[int]
     LINK_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     id: HandoffId
     target: WorkerRef
     source_generation: int
+    part: int
+    first: int
     link: str
     link_epoch: int
     link_address: str
-    def __init__(self, id: _Optional[_Union[HandoffId, _Mapping]] = ..., target: _Optional[_Union[WorkerRef, _Mapping]] = ..., source_generation: _Optional[int] = ..., link: _Optional[str] = ..., link_epoch: _Optional[int] = ..., link_address: _Optional[str] = ...) -> None: ...
+    def __init__(self, id: _Optional[_Union[HandoffId, _Mapping]] = ..., target: _Optional[_Union[WorkerRef, _Mapping]] = ..., source_generation: _Optional[int] = ..., part: _Optional[int] = ..., first: _Optional[int] = ..., link: _Optional[str] = ..., link_epoch: _Optional[int] = ..., link_address: _Optional[str] = ...) -> None: ...
 
 class RenewRequest(_message.Message):
     __slots__ = ("ids", "source_generation")
@@ -385,12 +401,26 @@ class WorkerStatus(_message.Message):
     load: WorkerLoad
     def __init__(self, member: _Optional[_Union[FleetMember, _Mapping]] = ..., load: _Optional[_Union[WorkerLoad, _Mapping]] = ...) -> None: ...
 
+class PairLink(_message.Message):
+    __slots__ = ("source", "target", "kind", "reason")
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    TARGET_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    source: str
+    target: str
+    kind: str
+    reason: str
+    def __init__(self, source: _Optional[str] = ..., target: _Optional[str] = ..., kind: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
+
 class StatusResponse(_message.Message):
-    __slots__ = ("name", "model", "workers")
+    __slots__ = ("name", "model", "workers", "links")
     NAME_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     WORKERS_FIELD_NUMBER: _ClassVar[int]
+    LINKS_FIELD_NUMBER: _ClassVar[int]
     name: str
     model: str
     workers: _containers.RepeatedCompositeFieldContainer[WorkerStatus]
-    def __init__(self, name: _Optional[str] = ..., model: _Optional[str] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ...) -> None: ...
+    links: _containers.RepeatedCompositeFieldContainer[PairLink]
+    def __init__(self, name: _Optional[str] = ..., model: _Optional[str] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., links: _Optional[_Iterable[_Union[PairLink, _Mapping]]] = ...) -> None: ...

@@ -304,14 +304,14 @@ class KVPeerServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Offer(self, request, context):
-        """prefill -> decode: the KV is ready, here is the ticket
+        """prefill -> decode: the next part is ready, here is the ticket
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Redeem(self, request, context):
-        """decode -> prefill: send it now
+        """decode -> prefill: send that part now
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -21,13 +21,13 @@ from prometheus_client import CollectorRegistry
 from pdserve.proto import inference_pb2
 from pdserve.proto import inference_pb2_grpc as rpc
 from pdserve.proto.errors import ConfigError, StartupError
+from pdserve.proto.metrics_server import MetricsServer
 from pdserve.proto.types import SLO
 from pdserve.router.admission import Admission
 from pdserve.router.config import RouterConfig, RouterProcessConfig
 from pdserve.router.connection import Settings
 from pdserve.router.fleet import Changes, Fleet
 from pdserve.router.metrics import RouterMetrics
-from pdserve.router.metrics_server import MetricsServer
 from pdserve.router.model import Model, load_model
 from pdserve.router.pipeline import Pipeline
 from pdserve.router.policy import POLICIES
@@ -73,6 +73,7 @@ class Router:
             epoch=self.epoch,
             decode=None if self.model.tokenizer is None else self.model.tokenizer.decode,
             max_buffered_tokens=section.max_buffered_tokens,
+            first_turn=secrets.randbelow(1 << 16),
         )
         self.metrics.watch(lambda: self.pipeline.num_inflight, lambda: self.pipeline.num_queued, self.fleet.num_workers)
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from pdserve.proto.errors import InternalError, Overloaded, PdserveError, WorkerLost, rebuild
 from pdserve.proto.types import FinishReason, Phases, SequenceEvent, TokenInfo
+from pdserve.router.refusals import as_told
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +145,7 @@ class Completion:
         if event.error is not None:
             self.holders.discard(worker_id)
             if self._needs(worker_id):
-                self.error = rebuild(event.error.kind, event.error.message)
+                self.error = as_told(worker_id, rebuild(event.error.kind, event.error.message))
         elif event.finish_reason is not None:
             self.holders.discard(worker_id)
             if worker_id == self.decode_id:

@@ -25,21 +25,12 @@ from google.protobuf.message import Message
 from pdserve.proto import wire
 from pdserve.proto import worker_pb2 as pb
 from pdserve.proto import worker_pb2_grpc as rpc
-from pdserve.proto.channels import CHANNEL_OPTIONS
-from pdserve.proto.errors import (
-    DeadlineExceeded,
-    DuplicateRequest,
-    InternalError,
-    LayoutMismatch,
-    PdserveError,
-    StaleReference,
-    Unavailable,
-    WorkerLost,
-    WrongRole,
-)
+from pdserve.proto.channels import OpenChannel, open_channel
+from pdserve.proto.errors import DeadlineExceeded, PdserveError, WorkerLost
 from pdserve.proto.status import error_from_call
 from pdserve.proto.types import HandoffId, Role, SequenceEvent, StepOutput, WorkerInfo, WorkerLoad, WorkerRequest
 from pdserve.router.policy import Pending, WorkerView
+from pdserve.router.refusals import as_told
 
 LOG = logging.getLogger("pdserve.router")
 # A load that was on its way when the worker acknowledged a request does not count it; the next one does.
@@ -68,6 +59,7 @@ class Settings:
     max_reconnect_s: float
     on_change: Callable[[], None]
     on_dropped_event: Callable[[], None]
+    open_channel: OpenChannel = open_channel
 
 
 @dataclass(slots=True)
@@ -90,7 +82,7 @@ class WorkerConnection:
         self._unseen: dict[HandoffId, _Placement] = {}
         self._num_loads = 0
         self._closed = False
-        self._channel = grpc.aio.insecure_channel(info.worker.address, options=CHANNEL_OPTIONS)
+        self._channel = settings.open_channel(info.worker.address)
         self._stub = rpc.WorkerStub(self._channel)
 
     @property
@@ -245,10 +237,4 @@ class WorkerConnection:
         """The worker's refusal, or its silence, in our words."""
         if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and deadline_was_ours:
             return DeadlineExceeded("the deadline passed")
-        refusal = error_from_call(error, f"worker {self.worker_id}")
-        if isinstance(refusal, (StaleReference, WrongRole, LayoutMismatch)):
-            # The router's picture of the fleet was out of date: not the client's fault, and gone on a second try.
-            return Unavailable(f"worker {self.worker_id} refused: {refusal.message}")
-        if isinstance(refusal, DuplicateRequest):
-            return InternalError(f"worker {self.worker_id}: {refusal.message}")
-        return refusal
+        return as_told(self.worker_id, error_from_call(error, f"worker {self.worker_id}"))

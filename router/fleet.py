@@ -19,7 +19,6 @@ import grpc.aio
 from pdserve.proto import wire
 from pdserve.proto import worker_pb2 as pb
 from pdserve.proto import worker_pb2_grpc as rpc
-from pdserve.proto.channels import CHANNEL_OPTIONS
 from pdserve.proto.types import WorkerInfo
 from pdserve.router.connection import Settings, WorkerConnection
 from pdserve.router.policy import WorkerView, pairs
@@ -93,7 +92,7 @@ class Fleet:
                 delay_s = min(delay_s * 2, self._settings.max_reconnect_s)
 
     async def _watch(self) -> AsyncIterator[pb.Fleet]:
-        async with grpc.aio.insecure_channel(self._controller_address, options=CHANNEL_OPTIONS) as channel:
+        async with self._settings.open_channel(self._controller_address) as channel:
             stub = rpc.ControllerStub(channel)
             async for fleet in stub.Watch(pb.WatchRequest()):
                 yield fleet

@@ -22,13 +22,12 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import secrets
-import time
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
+from pdserve.proto.clock import now
 from pdserve.proto.errors import DeadlineExceeded, InvalidRequest, Unavailable
 from pdserve.proto.types import HandoffId, WorkerRequest
 from pdserve.router.admission import Admission, Verdict
@@ -37,7 +36,7 @@ from pdserve.router.connection import WorkerConnection
 from pdserve.router.fleet import Fleet
 from pdserve.router.inbox import Inbox
 from pdserve.router.metrics import RouterMetrics
-from pdserve.router.policy import Pending, Policy
+from pdserve.router.policy import Pending, Policy, why_nobody
 from pdserve.router.writer import Emit, Job, Writer
 
 LOG = logging.getLogger("pdserve.router")
@@ -68,7 +67,9 @@ class Pipeline:
         epoch: int,
         decode: Callable[[Sequence[int]], str] | None,
         max_buffered_tokens: int,
+        first_turn: int = 0,
     ) -> None:
+        """`first_turn`: where the policy starts to go round; routers that start alike must not all start alike here."""
         self.draining = False
         self._fleet = fleet
         self._policy = policy
@@ -78,7 +79,7 @@ class Pipeline:
         self._decode = decode
         self._max_buffered_tokens = max_buffered_tokens
         self._attempts = itertools.count()
-        self._turn = secrets.randbelow(1 << 16)
+        self._turn = first_turn
         self._waiting: dict[str, asyncio.Future[None]] = {}
         self._runs: dict[str, _Run] = {}
         self._aborts: set[asyncio.Task[None]] = set()
@@ -97,10 +98,10 @@ class Pipeline:
         """Run `job` to its end, writing deltas and one Finished; any other end is raised."""
         if self.draining:
             raise Unavailable("the router is draining")
-        verdict = self._admission.arrive(job.request_id, time.monotonic(), job.deadline_s)
+        verdict = self._admission.arrive(job.request_id, now(), job.deadline_s)
         self._idle.clear()
         try:
-            async with asyncio.timeout(job.deadline_s - time.monotonic()):
+            async with asyncio.timeout(job.deadline_s - now()):
                 if verdict is Verdict.QUEUED:
                     await self._turn_comes(job.request_id)
                 await self._serve(job, emit)
@@ -135,7 +136,7 @@ class Pipeline:
             del self._waiting[request_id]
 
     def _leave(self, request_id: str) -> None:
-        successor = self._admission.leave(request_id, time.monotonic())
+        successor = self._admission.leave(request_id, now())
         if successor is not None and not self._waiting[successor].done():
             self._waiting[successor].set_result(None)
         if self._admission.num_inflight + self._admission.num_queued == 0:
@@ -161,7 +162,7 @@ class Pipeline:
         if placement is None:
             if self._policy(views, len(job.prompt_token_ids), self._turn) is not None:
                 raise InvalidRequest("input", "the prompt needs more KV blocks than any worker has")
-            raise Unavailable("no worker can take the request now")
+            raise Unavailable(why_nobody(views))
         LOG.debug("%s -> %s, %s: %s", job.request_id, placement.prefill_id, placement.decode_id, placement.reason)
         id = HandoffId(job.request_id, next(self._attempts) & MAX_ATTEMPT, self._epoch)
         completion = Completion(placement.prefill_id, placement.decode_id, self._max_buffered_tokens)
@@ -185,7 +186,7 @@ class Pipeline:
         self._metrics.prompt_tokens.inc(len(run.job.prompt_token_ids))
 
     def _request(self, run: _Run) -> WorkerRequest:
-        timeout_s = max(0.0, run.job.deadline_s - time.monotonic())
+        timeout_s = max(0.0, run.job.deadline_s - now())
         return WorkerRequest(run.id, run.job.prompt_token_ids, run.job.sampling, timeout_s)
 
     async def _call(self, run: _Run, leg: WorkerConnection, call: Callable[[], Coroutine[None, None, None]]) -> None:
@@ -195,8 +196,14 @@ class Pipeline:
             raise completion.error
         completion.holders.add(leg.worker_id)
         task = asyncio.create_task(call())
+        task.add_done_callback(_look_at)
         run.calls[leg.worker_id] = task
-        await asyncio.shield(task)
+        try:
+            await asyncio.shield(task)
+        finally:
+            # It may have been counted as lost meanwhile; what it took in after that, it holds until it is told.
+            if completion.error is not None:
+                completion.holders.add(leg.worker_id)
 
     async def _stream(self, run: _Run, emit: Emit) -> None:
         completion = run.inbox.completion
@@ -231,16 +238,18 @@ class Pipeline:
 
     def _abort(self, run: _Run, reason: str) -> None:
         holders = run.inbox.completion.holders
-        for worker_id in holders:
+        for worker_id in sorted(holders):
             task = asyncio.create_task(self._abort_leg(run, run.legs[worker_id], reason))
             self._aborts.add(task)
             task.add_done_callback(self._aborts.discard)
         holders.clear()
 
     async def _abort_leg(self, run: _Run, leg: WorkerConnection, reason: str) -> None:
-        call = run.calls[leg.worker_id]
-        await asyncio.wait([call])
-        # Its outcome no longer matters, but an exception must be looked at or asyncio complains.
-        if not call.cancelled():
-            call.exception()
+        await asyncio.wait([run.calls[leg.worker_id]])
         await leg.abort(run.id, reason)
+
+
+def _look_at(call: asyncio.Task[None]) -> None:
+    """Who waits for a call may be gone when it fails; asyncio complains of exceptions that nobody looked at."""
+    if not call.cancelled():
+        call.exception()

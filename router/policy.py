@@ -70,7 +70,20 @@ def pairs(views: Sequence[WorkerView]) -> Iterator[tuple[WorkerView, WorkerView]
         if decode.load.role is Role.MIXED:
             yield decode, decode
         elif decode.load.role is Role.DECODE:
-            yield from ((prefill, decode) for prefill in prefills if prefill.layout == decode.layout)
+            yield from ((prefill, decode) for prefill in prefills if not decode.layout.obstacles(prefill.layout))
+
+
+def why_nobody(views: Sequence[WorkerView]) -> str:
+    """Why no request can be placed, in a few words."""
+    live = [view for view in views if not view.load.draining]
+    sides = {role: [view for view in live if view.load.role is role] for role in Role}
+    for decode in sides[Role.DECODE]:
+        for prefill in sides[Role.PREFILL]:
+            obstacles = decode.layout.obstacles(prefill.layout)
+            if obstacles:
+                return f"{prefill.worker_id} and {decode.worker_id} cannot exchange KV: {', '.join(obstacles)}"
+    missing = [str(role) for role in (Role.PREFILL, Role.DECODE) if not sides[role]]
+    return f"no {' and no '.join(missing)} worker is ready" if missing else "no worker can take the request now"
 
 
 def round_robin(views: Sequence[WorkerView], prompt_tokens: int, turn: int) -> Placement | None:

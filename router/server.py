@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -18,6 +17,7 @@ import grpc.aio
 
 from pdserve.proto import inference_pb2 as pb
 from pdserve.proto import inference_pb2_grpc as rpc
+from pdserve.proto.clock import now
 from pdserve.proto.errors import DeadlineExceeded, InvalidRequest, Overloaded, RequestCancelled
 from pdserve.proto.types import Role
 from pdserve.router.config import RouterConfig
@@ -60,14 +60,14 @@ class InferenceServicer(rpc.InferenceServicer):
         self._threads.shutdown(wait=True, cancel_futures=True)
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
-        arrival_s = time.monotonic()
+        arrival_s = now()
         deadline_s = self._deadline_s(arrival_s, context)
         limits = self._limits()
         check_request(request, limits, self._config)
         stop = stop_options(request.stopping, self._config)
         field = str(request.WhichOneof("input"))
         try:
-            async with asyncio.timeout(deadline_s - time.monotonic()):
+            async with asyncio.timeout(deadline_s - now()):
                 prompt_token_ids = await self._prompt(request)
         except TimeoutError as error:
             raise DeadlineExceeded("the deadline passed") from error

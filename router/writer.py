@@ -6,11 +6,11 @@ has had enough. Knows nothing of workers, of deadlines or of gRPC calls.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from pdserve.proto import inference_pb2 as pb
+from pdserve.proto.clock import now
 from pdserve.proto.types import FinishReason, RequestTiming, SamplingParams, TokenInfo
 from pdserve.router.completion import Completion, Ending
 from pdserve.router.detokenizer import Detokenizer
@@ -23,7 +23,7 @@ REASONS = {FinishReason.STOP: pb.FINISH_REASON_STOP, FinishReason.LENGTH: pb.FIN
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A checked request. `arrival_s` and `deadline_s` are `time.monotonic`."""
+    """A checked request. `arrival_s` and `deadline_s` are moments of `proto.clock`."""
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
@@ -63,7 +63,7 @@ class Writer:
                     shown = tokens[: position + 1]
                     break
         index = self._num_tokens
-        self._note(len(shown), time.monotonic())
+        self._note(len(shown), now())
         await self._send(index, shown, text)
 
     async def flush(self) -> None:
@@ -100,9 +100,7 @@ class Writer:
     def timing(self) -> RequestTiming:
         """The request's moments, ending now."""
         arrival_s = self._job.arrival_s
-        return RequestTiming(
-            arrival_s, arrival_s, self._first_token_s, self._last_token_s, time.monotonic(), self._num_tokens
-        )
+        return RequestTiming(arrival_s, arrival_s, self._first_token_s, self._last_token_s, now(), self._num_tokens)
 
     def decode_s(self, completion: Completion) -> float:
         """From the decode worker's first token to the last one, as written here."""

@@ -27,13 +27,19 @@ ALLOWED: dict[str, frozenset[str]] = {
 # Pure decision code. Every one of these must exist: a brain that is renamed must be renamed here.
 BRAIN_MODULES = frozenset(
     {
+        "cluster/pair_links.py",
         "cluster/placement.py",
         "cluster/registry.py",
+        "decode_worker/timeline.py",
         "engine/block_pool.py",
+        "engine/claims.py",
+        "engine/prefix.py",
         "engine/scheduler.py",
         "engine/sequence.py",
         "kv_transfer/effects.py",
         "kv_transfer/lease.py",
+        "kv_transfer/lease_step.py",
+        "kv_transfer/leases.py",
         "kv_transfer/plan.py",
         "kv_transfer/reservation.py",
         "kv_transfer/reservation_step.py",

@@ -31,7 +31,7 @@ class Routerless:
 
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
-        self.channel = grpc.aio.insecure_channel(worker.info.worker.address)
+        self.channel = grpc.aio.insecure_channel(worker.requests.info.worker.address)
         self.stub: Any = pb_grpc.WorkerStub(self.channel)
         self.events: dict[HandoffId, list[SequenceEvent]] = {}
         self._news = asyncio.Event()
@@ -81,7 +81,7 @@ class Routerless:
             events = self.events.get(handoff, [])
             return next((event for event in events if event.finish_reason or event.error), None)
 
-        await self.wait_for(last, f"the end of {handoff} at {self.worker.info.worker.worker_id}")
+        await self.wait_for(last, f"the end of {handoff} at {self.worker.requests.info.worker.worker_id}")
         event = last()
         assert event is not None
         return event
@@ -146,7 +146,13 @@ def make_request(name: str, prompt: tuple[int, ...], max_tokens: int = 24, timeo
 async def start(prefill: Routerless, decode: Routerless, request: WorkerRequest) -> HandoffId:
     """Both legs, destination first."""
     message = wire.request_to_wire(request)
-    source, target = (wire.ref_to_wire(side.worker.info.worker) for side in (prefill, decode))
+    source, target = (wire.ref_to_wire(side.worker.requests.info.worker) for side in (prefill, decode))
     await decode.stub.Expect(pb.ExpectRequest(request=message, source=source), timeout=WAIT_S)
     await prefill.stub.Prefill(pb.PrefillRequest(request=message, hand_off_to=target), timeout=WAIT_S)
     return request.id
+
+
+async def abort(*sides: Routerless, id: HandoffId) -> None:
+    """What the router does when a request ends."""
+    for side in sides:
+        await side.stub.Abort(pb.AbortRequest(id=wire.handoff_to_wire(id), reason="cancelled"), timeout=WAIT_S)

@@ -14,12 +14,12 @@ from typing import Any
 import grpc
 import pytest
 from families import random_prompt, reference_generate
-from worker_pair import WAIT_S, Routerless, drained, make_request, start, worker, worker_pair
+from worker_pair import WAIT_S, Routerless, abort, drained, make_request, start, worker, worker_pair
 
 from pdserve.cluster import worker as worker_module
+from pdserve.cluster import worker_requests
 from pdserve.kv_transfer.config import KVTransferConfig
-from pdserve.kv_transfer.digest import block_digests
-from pdserve.prefill_worker import role as prefill_role
+from pdserve.kv_transfer.lease import SendOffer
 from pdserve.proto import wire
 from pdserve.proto import worker_pb2 as pb
 from pdserve.proto.types import FinishReason, HandoffId, Role
@@ -27,11 +27,6 @@ from pdserve.proto.types import FinishReason, HandoffId, Role
 FamilyDir = Callable[..., Path]
 # The controller's address leads nowhere in these tests, and that is part of what they show.
 LINKS = [["shm"], ["gloo"]]
-
-
-async def abort(*sides: Routerless, id: HandoffId) -> None:
-    for side in sides:
-        await side.stub.Abort(pb.AbortRequest(id=wire.handoff_to_wire(id), reason="cancelled"), timeout=WAIT_S)
 
 
 def hold_transfers(monkeypatch: pytest.MonkeyPatch, decode: Routerless) -> tuple[asyncio.Event, asyncio.Event]:
@@ -54,7 +49,7 @@ async def test_tokens_are_those_of_generate_and_every_block_comes_back(links: An
     model = family_dir("llama")
     config = KVTransferConfig(links=links, lease_s=6.0, renew_s=1.0)
     async with worker_pair(model, config) as (prefill, decode):
-        prompts = [random_prompt(length) for length in (1, 15, 16, 17, 70)]
+        prompts = [random_prompt(length, length) for length in (1, 15, 16, 17, 70, 200)]  # a chunk is 64
         requests = [make_request(f"r{number}", prompt) for number, prompt in enumerate(prompts)]
         ids = [await start(prefill, decode, request) for request in requests]
         for prompt, id in zip(prompts, ids, strict=True):
@@ -75,7 +70,7 @@ async def test_one_token_answers_are_finished_by_the_prefill_worker(family_dir: 
         assert (await prefill.ended(id)).finish_reason is FinishReason.LENGTH
         await abort(decode, id=id)  # what the router does
         await drained(prefill, decode)
-        assert decode.worker.load_now().reserved_blocks == 0
+        assert decode.worker.requests.load_now().reserved_blocks == 0
 
 
 async def test_cancelling_while_kv_is_in_transfer_quarantines_then_frees(
@@ -86,8 +81,8 @@ async def test_cancelling_while_kv_is_in_transfer_quarantines_then_frees(
         id = await start(prefill, decode, make_request("held", random_prompt(40)))
         await asyncio.wait_for(begun.wait(), WAIT_S)
         await abort(prefill, decode, id=id)
-        await decode.wait_for(lambda: decode.worker.load_now().quarantined_blocks == 3, "blocks in quarantine")
-        assert decode.worker.load_now().free_blocks == decode.worker.load_now().total_blocks - 3
+        await decode.wait_for(lambda: decode.worker.requests.load_now().quarantined_blocks == 3, "blocks in quarantine")
+        assert decode.worker.requests.load_now().free_blocks == decode.worker.requests.load_now().total_blocks - 3
         go_on.set()  # the wire falls idle
         await drained(prefill, decode)
         assert not decode.tokens(id), "a token came from a cancelled request"
@@ -128,13 +123,17 @@ async def test_kv_of_an_aborted_request_is_never_offered(
         hashing, go_on = threading.Event(), threading.Event()
         offered: list[HandoffId] = []
 
-        def held(*arguments: Any) -> tuple[int, ...]:
+        role = prefill.worker.requests.require_prefill()
+        prepare = role._prepare
+
+        def held(offer: SendOffer) -> tuple[int, ...]:
             hashing.set()
             assert go_on.wait(WAIT_S)
-            return block_digests(*arguments)
+            return prepare(offer)
 
-        monkeypatch.setattr(prefill_role, "block_digests", held)
-        monkeypatch.setattr(decode.worker.decode_role, "offer", lambda ticket: offered.append(ticket.id))
+        monkeypatch.setattr(role, "_prepare", held)
+        decode_role = decode.worker.requests.require_decode()
+        monkeypatch.setattr(decode_role, "offer", lambda ticket, part: offered.append(ticket.id))
         id = await start(prefill, decode, make_request("hashed", random_prompt(40)))
         await asyncio.to_thread(hashing.wait, WAIT_S)
         await abort(prefill, id=id)  # the prefill worker loses it first: its router's stream broke, say
@@ -168,7 +167,7 @@ async def test_a_failure_in_a_callback_ends_the_worker_instead_of_vanishing(
         def broken(*arguments: Any) -> None:
             raise RuntimeError("cosmic ray")
 
-        monkeypatch.setattr(prefill.worker.prefill_role, "handed_off", broken)
+        monkeypatch.setattr(prefill.worker.requests.prefill_role, "part_computed", broken)
         id = await start(prefill, decode, make_request("doomed", random_prompt(30)))
         ending = await prefill.ended(id)
         assert ending.error is not None
@@ -204,7 +203,7 @@ async def test_an_accept_that_its_abort_overtook_does_not_start(family_dir: Fami
 async def test_a_deadline_that_nobody_enforces_is_enforced_here(
     family_dir: FamilyDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker_module, "DEADLINE_GRACE_S", 0.0)  # or a fast machine is done before anybody looks
+    monkeypatch.setattr(worker_requests, "DEADLINE_GRACE_S", 0.0)  # or a fast machine is done before anybody looks
     monkeypatch.setattr(worker_module, "SWEEP_S", 0.01)
     async with worker_pair(family_dir("llama")) as (prefill, decode):
         id = await start(prefill, decode, make_request("late", random_prompt(30), 480, timeout_s=0.01))
@@ -217,7 +216,8 @@ async def test_kv_that_nobody_redeems_is_freed_when_its_lease_lapses(family_dir:
     config = KVTransferConfig(lease_s=0.5, renew_s=0.2)
     model = family_dir("llama")
     async with worker(Role.PREFILL, model, config) as prefill, worker(Role.DECODE, model, config) as decode:
-        decode.worker.decode_role.offer = lambda ticket: None  # type: ignore[method-assign,union-attr]
+        role = decode.worker.requests.require_decode()
+        role.offer = lambda ticket, part: None  # type: ignore[method-assign]
         id = await start(prefill, decode, make_request("leased", random_prompt(40)))
         await prefill.wait_for(lambda: prefill.tokens(id), "the first token")
         await prefill.wait_for(lambda: any(event.error for event in prefill.events[id]), "the lapse")
@@ -230,10 +230,10 @@ async def test_a_dead_peer_ends_what_waits_for_it(family_dir: FamilyDir) -> None
     """What the controller's word does, on both sides."""
     async with worker_pair(family_dir("llama")) as (prefill, decode):
         request = make_request("lost", random_prompt(20))
-        message, gone = wire.request_to_wire(request), prefill.worker.info.worker
+        message, gone = wire.request_to_wire(request), prefill.worker.requests.info.worker
         expect = pb.ExpectRequest(request=message, source=wire.ref_to_wire(gone))
         await decode.stub.Expect(expect, timeout=WAIT_S)
-        decode.worker._peer_gone(gone.worker_id, gone.generation)
+        decode.worker.peer_gone(gone.worker_id, gone.generation)
         ending = await decode.ended(request.id)
         assert ending.error is not None
         assert ending.error.kind == "WorkerLost"
@@ -243,7 +243,7 @@ async def test_a_dead_peer_ends_what_waits_for_it(family_dir: FamilyDir) -> None
 async def test_a_message_for_another_generation_changes_nothing(family_dir: FamilyDir) -> None:
     async with worker_pair(family_dir("llama")) as (prefill, _):
         release = pb.ReleaseRequest(id=pb.HandoffId(request_id="x", epoch=7), source_generation=1, outcome="redeemed")
-        peer = grpc.aio.insecure_channel(prefill.worker.info.worker.address)
+        peer = grpc.aio.insecure_channel(prefill.worker.requests.info.worker.address)
         async with peer:
             call = peer.unary_unary(
                 "/pdserve.internal.v1.KVPeer/Release",

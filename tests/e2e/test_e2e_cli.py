@@ -111,6 +111,19 @@ def test_status_is_for_people_and_for_scripts(cluster: Cluster) -> None:
     status = json.loads(printed.stdout)
     assert status["healthy"]
     assert {worker["role"] for worker in status["workers"]} == {"prefill", "decode"}
+    assert status["links"] == [{"source": "prefill-0", "target": "decode-0", "kind": "shm", "reason": ""}]
+    assert "prefill-0 -> decode-0: over shm" in table.stdout
+
+
+def test_workers_that_cannot_exchange_kv_are_refused_at_the_start_naming_the_difference(
+    environment: dict[str, str], demo_model: Path
+) -> None:
+    settings = ("--set", "name=apart", "--set", f"model={demo_model}", "--set", "prefill.engine.dtype=bfloat16")
+    joined = ("--set", f"ray.address={environment['PDSERVE_TEST_RAY']}")
+    result = run(environment, "up", *settings, *joined, "--detach")
+    assert result.returncode == 2
+    assert "prefill-0 -> decode-0" in one_line(result)
+    assert "dtype: float32 != bfloat16" in one_line(result)
 
 
 def test_every_process_has_metrics_and_they_agree_with_what_was_done(cluster: Cluster) -> None:

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.cluster
 BLOCK_SIZE = 16
 CHUNK_TOKENS = 64
 MAX_TOKENS = 64
+SMALL_BLOCKS = "decode.engine.block_size=8"
 SPLIT = ("prefill.replicas=1", "decode.replicas=1")
 
 
@@ -44,7 +45,7 @@ CASES = (
     Case("demo, 1P1D", "demo", SPLIT),
     Case("qwen2, 1P1D, gloo", "qwen2", (*SPLIT, "kv_transfer.links=[gloo]")),
     Case("mistral, 1P1D, shm", "mistral", (*SPLIT, "kv_transfer.links=[shm]")),
-    Case("phi3, 1P1D, gloo", "phi3", (*SPLIT, "kv_transfer.links=[gloo]")),
+    Case("phi3, 1P1D, gloo, block sizes differ", "phi3", (*SPLIT, "kv_transfer.links=[gloo]", SMALL_BLOCKS)),
     Case("qwen3, 2P1D, shm", "qwen3", ("prefill.replicas=2", "decode.replicas=1", "kv_transfer.links=[shm]")),
     Case("gemma2, 1P2D, gloo", "gemma2", ("prefill.replicas=1", "decode.replicas=2", "kv_transfer.links=[gloo]")),
     Case("llama, mixed x2", "llama", ("mixed.replicas=2",)),

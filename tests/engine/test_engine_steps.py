@@ -67,6 +67,9 @@ def test_a_handed_off_sequence_keeps_its_blocks_leased(family_dir: FamilyDir) ->
     (step,) = results[-1].sequences
     assert (step.handed_off, step.finish, step.index) == (True, None, 0)
     assert len(sequence.block_ids) == 3 == engine.pool.count(BlockState.LEASED)
+    (part,) = [part for result in results for part in result.parts]
+    assert (part.sequence, part.first_block, part.block_ids) == (sequence, 0, tuple(sequence.block_ids))
+    assert [part.first_token] == output(sequence)
     assert not engine.has_work
 
 

@@ -1,251 +1,415 @@
-"""The prefill worker's leases: who may read which blocks, until when."""
+"""The prefill worker's leases: every arrow of their life, every refusal, and that repetition changes nothing."""
 
 from __future__ import annotations
 
-import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from dataclasses import replace
 
-from pdserve.kv_transfer.effects import FreeBlocks, Ignored, QuarantineBlocks
-from pdserve.kv_transfer.lease import LeaseLapsed, LeaseState, LeaseTable, StartSend
-from pdserve.proto.errors import DuplicateRequest, StaleReference, TransferFailed
+import pytest
+
+from pdserve.kv_transfer.effects import FreeBlocks, Ignored, QuarantineBlocks, Refused
+from pdserve.kv_transfer.lease import (
+    Abort,
+    Accept,
+    HandoffFailed,
+    Lease,
+    LeaseEvent,
+    LeaseLost,
+    LeaseRenewed,
+    LeaseState,
+    LeaseTimes,
+    OfferEnded,
+    PartComputed,
+    Release,
+    Renew,
+    SendEnded,
+    SendKey,
+    SendOffer,
+    SendStarted,
+    StartSend,
+    StopPrefill,
+    Tick,
+)
+from pdserve.kv_transfer.lease_step import step
+from pdserve.kv_transfer.leases import LeaseTable
+from pdserve.proto.errors import DuplicateRequest, StaleReference
 from pdserve.proto.types import HandoffId, WorkerRef
 
-LEASE_S = 10.0
+TIMES = LeaseTimes(lease_s=10.0, retry_s=1.0)
 TARGET = WorkerRef("decode-0", 1, "host:1")
 ID = HandoffId("r", 0, 1)
+NUM_TOKENS = 40
+FIRST, LAST = (4, 2), (7,)  # the blocks of two parts
+FIRST_TOKEN = 99
+KEY = SendKey(link_epoch=3, part=0)
 
 
-def table_with_lease() -> LeaseTable:
-    table = LeaseTable(LEASE_S)
-    assert table.grant(ID, TARGET, (4, 2), 0.0) == ()
-    return table
+def lease_in(state: LeaseState, is_complete: bool = True) -> Lease:
+    """Both parts computed and accepted; or only the first, if not complete."""
+    events: list[LeaseEvent] = [Accept(ID, TARGET, NUM_TOKENS, TIMES)]
+    if state is not LeaseState.ACCEPTED:
+        events += [PartComputed(ID, FIRST), OfferEnded(ID, 0)]
+        events += [PartComputed(ID, LAST, FIRST_TOKEN), OfferEnded(ID, 1)] if is_complete else []
+    if state in (LeaseState.SENDING, LeaseState.QUARANTINED):
+        events.append(SendStarted(ID, TARGET, KEY))
+    if state is LeaseState.QUARANTINED:
+        events.append(Abort(ID, "cancelled"))
+    lease: Lease | None = None
+    for event in events:
+        lease, _ = step(lease, event, 0.0)
+    assert lease is not None
+    assert lease.state is state
+    return lease
 
 
-def test_a_released_lease_frees_its_blocks_once() -> None:
-    table = table_with_lease()
-    assert table.release(ID, "redeemed", 1.0) == (FreeBlocks(ID, (4, 2), False, "redeemed"),)
-    (ignored,) = table.release(ID, "redeemed", 1.0)
-    assert isinstance(ignored, Ignored)
+def offer(part: int) -> SendOffer:
+    if part == 0:
+        return SendOffer(ID, TARGET, NUM_TOKENS, 0, first_block=0, block_ids=FIRST, first_token=None)
+    return SendOffer(ID, TARGET, NUM_TOKENS, 1, first_block=2, block_ids=LAST, first_token=FIRST_TOKEN)
+
+
+def test_a_hand_off_that_goes_well() -> None:
+    table = LeaseTable(TIMES)
+    assert table.accept(ID, TARGET, NUM_TOKENS, 0.0) == ()
+    assert table.part_computed(ID, FIRST, None, 1.0) == (offer(0),)
+    assert table.offer_ended(ID, 0, 1.1) == ()
+    assert table.part_computed(ID, LAST, FIRST_TOKEN, 2.0) == (offer(1),)
+    assert table.send_started(ID, TARGET, KEY, 0, 2.1) == (StartSend(ID, TARGET, KEY, FIRST),)
+    assert table.offer_ended(ID, 1, 2.2) == ()
+    assert table.send_ended(ID, KEY, 2.3) == ()
+    last = SendKey(KEY.link_epoch, 1)
+    assert table.send_started(ID, TARGET, last, 0, 2.4) == (StartSend(ID, TARGET, last, LAST),)
+    assert table.send_ended(ID, last, 2.5) == ()
+    freed = FreeBlocks(ID, (*FIRST, *LAST), from_quarantine=False, reason="redeemed")
+    assert table.release(ID, "redeemed", 2.6) == (freed,)
     assert not table.leases
 
 
-def test_release_of_another_attempt_touches_nothing() -> None:
-    table = table_with_lease()
-    (ignored,) = table.release(HandoffId("r", 1, 1), "redeemed", 1.0)
+# Accept
+
+
+def test_a_repeated_accept_changes_nothing() -> None:
+    for state in (LeaseState.ACCEPTED, LeaseState.LEASED, LeaseState.SENDING):
+        lease = lease_in(state)
+        after, (ignored,) = step(lease, Accept(ID, TARGET, NUM_TOKENS, TIMES), 5.0)
+        assert after == lease
+        assert isinstance(ignored, Ignored)
+
+
+def test_an_accept_for_another_target_is_refused() -> None:
+    table = LeaseTable(TIMES)
+    table.accept(ID, TARGET, NUM_TOKENS, 0.0)
+    for other in (replace(TARGET, generation=2), replace(TARGET, worker_id="decode-1")):
+        with pytest.raises(DuplicateRequest):
+            table.accept(ID, other, NUM_TOKENS, 0.0)
+
+
+def test_an_id_in_quarantine_cannot_be_accepted_again() -> None:
+    """Its new parts would be freed as they come, under the engine's hands."""
+    lease = lease_in(LeaseState.QUARANTINED)
+    after, (refused,) = step(lease, Accept(ID, TARGET, NUM_TOKENS, TIMES), 1.0)
+    assert after == lease
+    assert isinstance(refused, Refused)
+    assert refused.kind == "DuplicateRequest"
+
+
+# Parts and offers
+
+
+def test_parts_are_offered_in_order_one_at_a_time() -> None:
+    lease, _ = step(lease_in(LeaseState.ACCEPTED), PartComputed(ID, FIRST), 0.0)
+    lease, effects = step(lease, PartComputed(ID, LAST, FIRST_TOKEN), 0.1)
+    assert effects == ()
+    assert step(lease, Tick(ID), 0.1) == (lease, ())
+    _, effects = step(lease, OfferEnded(ID, 0), 0.2)
+    assert effects == (offer(1),)
+
+
+def test_the_lease_runs_from_the_first_part() -> None:
+    accepted = lease_in(LeaseState.ACCEPTED)
+    assert step(accepted, Tick(ID), 1e9) == (accepted, ())
+    leased, _ = step(accepted, PartComputed(ID, FIRST), 100.0)
+    assert leased is not None
+    assert leased.expires_s == 110.0
+
+
+def test_an_offer_without_an_answer_is_repeated_after_a_pause() -> None:
+    table = LeaseTable(TIMES)
+    table.accept(ID, TARGET, NUM_TOKENS, 0.0)
+    table.part_computed(ID, FIRST, None, 0.0)
+    assert table.offer_ended(ID, 0, 1.0, "WorkerLost", "no answer", is_transient=True) == ()
+    assert not table.is_offering(ID, 0)
+    assert table.part_computed(ID, LAST, FIRST_TOKEN, 1.5) == ()  # nor does another part hurry it
+    assert table.sweep(1.9) == ()
+    assert table.sweep(2.0) == (offer(0),)
+    assert table.sweep(2.0) == ()
+
+
+def test_a_refused_offer_ends_the_hand_off_aloud() -> None:
+    lease, _ = step(lease_in(LeaseState.ACCEPTED), PartComputed(ID, FIRST), 0.0)
+    after, effects = step(lease, OfferEnded(ID, 0, "LayoutMismatch", "dtype differs"), 0.1)
+    assert after is None
+    assert [type(effect) for effect in effects] == [StopPrefill, FreeBlocks, HandoffFailed]
+    assert effects[-1] == HandoffFailed(ID, "LayoutMismatch", "decode-0 did not take the offer: dtype differs")
+
+
+@pytest.mark.parametrize("part", [0, 1, 2])
+@pytest.mark.parametrize("kind", ["", "LayoutMismatch"])
+def test_an_answer_that_is_not_waited_for_changes_nothing(part: int, kind: str) -> None:
+    for state in (LeaseState.LEASED, LeaseState.SENDING, LeaseState.QUARANTINED):
+        lease = lease_in(state)
+        after, (ignored,) = step(lease, OfferEnded(ID, part, kind), 0.1)
+        assert after == lease
+        assert isinstance(ignored, Ignored)
+    assert isinstance(step(None, OfferEnded(ID, part, kind), 0.1)[1][0], Ignored)
+
+
+def test_an_old_answer_does_not_stand_for_the_next_offer() -> None:
+    lease, _ = step(lease_in(LeaseState.LEASED, is_complete=False), PartComputed(ID, LAST, FIRST_TOKEN), 0.0)
+    after, (ignored,) = step(lease, OfferEnded(ID, 0), 0.0)
+    assert after == lease
     assert isinstance(ignored, Ignored)
+
+
+def test_digests_are_wanted_only_while_their_part_is_being_offered() -> None:
+    table = LeaseTable(TIMES)
+    assert not table.is_offering(ID, 0)
+    table.accept(ID, TARGET, NUM_TOKENS, 0.0)
+    assert not table.is_offering(ID, 0)
+    table.part_computed(ID, FIRST, None, 0.0)
+    assert table.is_offering(ID, 0)
+    assert not table.is_offering(ID, 1)
+    table.send_started(ID, TARGET, KEY, 0, 0.0)
+    table.abort(ID, "cancelled", 0.0)
+    assert table.leases[ID].state is LeaseState.QUARANTINED
+    assert not table.is_offering(ID, 0)
+
+
+def test_a_part_that_comes_after_the_end_is_freed() -> None:
+    for lease in (None, lease_in(LeaseState.QUARANTINED)):
+        after, effects = step(lease, PartComputed(ID, LAST, FIRST_TOKEN), 0.0)
+        assert after == lease
+        assert effects == (FreeBlocks(ID, LAST, False, "computed after the request ended"),)
+
+
+# Ends
+
+
+@pytest.mark.parametrize("end", [Release(ID, "redeemed"), Abort(ID, "cancelled")])
+def test_an_end_before_the_first_part_leaves_nothing(end: LeaseEvent) -> None:
+    assert step(lease_in(LeaseState.ACCEPTED), end, 0.0) == (None, (StopPrefill(ID),))
+
+
+@pytest.mark.parametrize("is_complete", [True, False])
+@pytest.mark.parametrize("end", [Release(ID, "gone"), Abort(ID, "gone"), Tick(ID)])
+def test_the_end_of_a_lease_frees_its_blocks_after_the_computation_stops(end: LeaseEvent, is_complete: bool) -> None:
+    after, effects = step(lease_in(LeaseState.LEASED, is_complete), end, TIMES.lease_s)
+    assert after is None
+    freed = next(effect for effect in effects if isinstance(effect, FreeBlocks))
+    assert freed.block_ids == ((*FIRST, *LAST) if is_complete else FIRST)
+    assert not freed.from_quarantine
+    stops = [] if is_complete else [StopPrefill]
+    told = [HandoffFailed] if isinstance(end, Tick) else []
+    assert [type(effect) for effect in effects] == [*stops, FreeBlocks, *told]
+
+
+@pytest.mark.parametrize("is_complete", [True, False])
+@pytest.mark.parametrize("end", [Release(ID, "gone"), Abort(ID, "gone"), Tick(ID)])
+def test_blocks_being_sent_are_quarantined_until_the_send_has_ended(end: LeaseEvent, is_complete: bool) -> None:
+    lease, effects = step(lease_in(LeaseState.SENDING, is_complete), end, TIMES.lease_s)
+    assert not any(isinstance(effect, FreeBlocks) for effect in effects)
+    assert isinstance(effects[0 if is_complete else 1], QuarantineBlocks)
+    assert lease is not None
+    assert lease.state is LeaseState.QUARANTINED
+    for event in (Release(ID, "redeemed"), Abort(ID, "again"), Tick(ID), SendEnded(ID, SendKey(3, 1))):
+        after, effects = step(lease, event, 1e9)
+        assert after == lease
+        assert all(isinstance(effect, Ignored) for effect in effects)
+    after, (freed,) = step(lease, SendEnded(ID, KEY), 2e9)
+    assert after is None
+    assert isinstance(freed, FreeBlocks)
+    assert freed.from_quarantine
+    assert freed.block_ids == lease.block_ids
+
+
+def test_the_end_of_what_is_not_there_is_ignored() -> None:
+    for event in (Release(ID, "redeemed"), Abort(ID, "cancelled"), SendEnded(ID, KEY)):
+        after, (ignored,) = step(None, event, 0.0)
+        assert after is None
+        assert isinstance(ignored, Ignored)
+    assert step(None, Tick(ID), 0.0) == (None, ())
+
+
+def test_ending_another_attempt_touches_nothing() -> None:
+    table = LeaseTable(TIMES)
+    table.accept(ID, TARGET, NUM_TOKENS, 0.0)
+    for other in (HandoffId("r", 1, 1), HandoffId("r", 0, 2)):
+        (ignored,) = table.release(other, "redeemed", 0.0)
+        assert isinstance(ignored, Ignored)
     assert ID in table.leases
 
 
+# Time
+
+
 def test_a_silent_decode_worker_loses_the_lease_exactly_at_expiry() -> None:
-    table = table_with_lease()
-    assert table.sweep(LEASE_S - 0.001) == ()
-    lapsed, freed = table.sweep(LEASE_S)
-    assert isinstance(lapsed, LeaseLapsed)
-    assert "decode-0" in lapsed.reason
-    assert freed == FreeBlocks(ID, (4, 2), False, lapsed.reason)
+    lease = lease_in(LeaseState.LEASED)
+    assert step(lease, Tick(ID), TIMES.lease_s - 0.001) == (lease, ())
+    _, effects = step(lease, Tick(ID), TIMES.lease_s)
+    failed = effects[-1]
+    assert isinstance(failed, HandoffFailed)
+    assert failed.kind == "TransferFailed"
+    assert "decode-0" in failed.message
 
 
 def test_renewal_prolongs_and_tells_what_is_lost() -> None:
-    table = table_with_lease()
+    lease = lease_in(LeaseState.LEASED)
+    renewed, effects = step(lease, Renew(ID), 9.0)
+    assert renewed is not None
+    assert effects == (LeaseRenewed(ID, 19.0),)
+    assert step(renewed, Tick(ID), 18.9) == (renewed, ())
+    expired = step(renewed, Renew(ID), 19.0)  # if not swept yet
+    assert expired[0] == renewed
+    for lost in (expired[1], step(None, Renew(ID), 0.0)[1], step(lease_in(LeaseState.QUARANTINED), Renew(ID), 0.0)[1]):
+        assert isinstance(lost[0], LeaseLost)
+
+
+def test_the_table_tells_which_renewals_came_too_late() -> None:
+    table = LeaseTable(TIMES)
+    table.accept(ID, TARGET, NUM_TOKENS, 0.0)
+    table.part_computed(ID, FIRST, None, 0.0)
     other = HandoffId("other", 0, 1)
     assert table.renew([ID, other], 9.0) == (other,)
-    assert table.sweep(18.9) == ()
-    assert table.renew([ID], 19.0) == (ID,)  # expired, if not swept yet
-    assert len(table.sweep(19.0)) == 2
-
-
-@pytest.mark.parametrize("end", ["release", "abort", "lapse"])
-@pytest.mark.parametrize("ok", [True, False])
-def test_blocks_being_sent_are_quarantined_until_the_send_has_ended(end: str, ok: bool) -> None:
-    table = table_with_lease()
-    assert table.send_started(ID, 3, 0.0) == (StartSend(ID, TARGET, (4, 2), 3),)
-    effects = {
-        "release": lambda: table.release(ID, "gone", 1.0),
-        "abort": lambda: table.abort(ID, "gone", 1.0),
-        "lapse": lambda: table.sweep(LEASE_S),
-    }[end]()
-    assert isinstance(effects[-1], QuarantineBlocks)
-    assert table.quarantined_blocks == 2
-    assert table.sweep(1e9) == ()
-    assert table.renew([ID], 1.0) == (ID,)
-    with pytest.raises(StaleReference):
-        table.send_started(ID, 4, 1.0)
-    (freed,) = table.send_ended(ID, 3, ok, 2e9)
-    assert isinstance(freed, FreeBlocks)
-    assert freed.from_quarantine
-    assert not table.leases
-
-
-def test_a_failed_send_leaves_the_lease_for_another_try_on_a_newer_link() -> None:
-    table = table_with_lease()
-    table.send_started(ID, 3, 0.0)
-    assert table.send_ended(ID, 3, False, 1.0) == ()
-    assert table.leases[ID].state is LeaseState.LEASED
-    (ignored,) = table.send_started(ID, 3, 1.0)
-    assert isinstance(ignored, Ignored)  # a repeated Redeem must not start a second send
-    with pytest.raises(StaleReference):
-        table.send_started(ID, 2, 1.0)
-    assert table.send_started(ID, 4, 1.0) == (StartSend(ID, TARGET, (4, 2), 4),)
-
-
-def test_the_end_of_an_older_send_proves_nothing_about_the_newer() -> None:
-    table = table_with_lease()
-    table.send_started(ID, 3, 0.0)
-    table.send_ended(ID, 3, False, 1.0)
-    table.send_started(ID, 4, 1.0)
-    (ignored,) = table.send_ended(ID, 3, True, 1.0)
-    assert isinstance(ignored, Ignored)
-    assert table.leases[ID].state is LeaseState.SENDING
-
-
-def test_two_sends_at_a_time_are_refused() -> None:
-    table = table_with_lease()
-    table.send_started(ID, 3, 0.0)
-    with pytest.raises(TransferFailed):
-        table.send_started(ID, 4, 0.0)
-
-
-def test_an_expired_lease_cannot_be_sent_even_before_the_sweep() -> None:
-    table = table_with_lease()
-    with pytest.raises(StaleReference):
-        table.send_started(ID, 3, LEASE_S)
-
-
-def test_granting_twice_is_idempotent_only_for_the_same_blocks() -> None:
-    table = table_with_lease()
-    (ignored,) = table.grant(ID, TARGET, (4, 2), 5.0)
-    assert isinstance(ignored, Ignored)
-    assert table.leases[ID].expires_s == LEASE_S
-    with pytest.raises(DuplicateRequest):
-        table.grant(ID, TARGET, (4, 3), 5.0)
+    assert table.renew([ID], 19.0) == (ID,)
 
 
 def test_the_sweep_does_not_stop_at_the_first_lease_that_lives() -> None:
-    table = LeaseTable(LEASE_S)
+    table = LeaseTable(TIMES)
     ids = [HandoffId(str(index), 0, 1) for index in range(3)]
     for block, id in enumerate(ids):
-        table.grant(id, TARGET, (block,), 0.0)
+        table.accept(id, TARGET, NUM_TOKENS, 0.0)
+        table.part_computed(id, (block,), FIRST_TOKEN, 0.0)
     table.renew([ids[0]], 5.0)
     assert {effect.id for effect in table.sweep(12.0)} == set(ids[1:])
-    assert table.next_deadline_s == 15.0
+    assert list(table.leases) == ids[:1]
 
 
-IDS = [HandoffId(name, attempt, 1) for name in "ab" for attempt in (0, 1)]
+# Sends
 
 
-class LeaseMachine(RuleBasedStateMachine):
-    """Model: which blocks each id holds, and the epochs whose sends run. No block is used twice: double frees show."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table = LeaseTable(LEASE_S)
-        self.now_s = 0.0
-        self.next_block = 0
-        self.next_epoch = 1
-        self.held: dict[HandoffId, tuple[int, ...]] = {}
-        self.quarantined: set[HandoffId] = set()
-        self.sending: dict[HandoffId, int] = {}
-        self.freed: set[int] = set()
-
-    def apply(self, effects: tuple[object, ...]) -> None:
-        for effect in effects:
-            match effect:
-                case FreeBlocks(id, block_ids, from_quarantine):
-                    assert id not in self.sending, "freed while the wire may read"
-                    assert from_quarantine == (id in self.quarantined)
-                    assert block_ids == self.held.pop(id)
-                    assert not self.freed.intersection(block_ids)
-                    self.freed.update(block_ids)
-                    self.quarantined.discard(id)
-                case QuarantineBlocks(id, block_ids):
-                    assert id in self.sending
-                    assert block_ids == self.held[id]
-                    assert id not in self.quarantined
-                    self.quarantined.add(id)
-                case StartSend(id, _, block_ids, link_epoch):
-                    assert id not in self.sending
-                    assert id not in self.quarantined
-                    assert block_ids == self.held[id]
-                    self.sending[id] = link_epoch
-                case LeaseLapsed(id):
-                    assert id not in self.quarantined
-
-    @rule(id=st.sampled_from(IDS), num_blocks=st.integers(1, 3))
-    def grant(self, id: HandoffId, num_blocks: int) -> None:
-        block_ids = tuple(range(self.next_block, self.next_block + num_blocks))
-        if id in self.held:
-            with pytest.raises(DuplicateRequest):
-                self.table.grant(id, TARGET, block_ids, self.now_s)
-            return
-        self.table.grant(id, TARGET, block_ids, self.now_s)
-        self.next_block += num_blocks
-        self.held[id] = block_ids
-
-    @rule(id=st.sampled_from(IDS), age=st.integers(0, 2))
-    def start(self, id: HandoffId, age: int) -> None:
-        epoch = max(1, self.next_epoch - age)
-        self.next_epoch += age == 0
-        try:
-            self.apply(self.table.send_started(id, epoch, self.now_s))
-        except (StaleReference, TransferFailed):
-            assert id not in self.held or id in self.quarantined or id in self.sending or age or self.is_expired(id)
-
-    def is_expired(self, id: HandoffId) -> bool:
-        return self.table.leases[id].is_expired(self.now_s)
-
-    @precondition(lambda self: self.sending)
-    @rule(data=st.data(), ok=st.booleans())
-    def end_send(self, data: st.DataObject, ok: bool) -> None:
-        id = data.draw(st.sampled_from(sorted(self.sending, key=str)))
-        epoch = self.sending.pop(id)
-        self.apply(self.table.send_ended(id, epoch, ok, self.now_s))
-
-    @rule(id=st.sampled_from(IDS), epoch=st.integers(0, 3))
-    def end_some_old_send(self, id: HandoffId, epoch: int) -> None:
-        if self.sending.get(id) != epoch:
-            effects = self.table.send_ended(id, epoch, True, self.now_s)
-            assert all(isinstance(effect, Ignored) for effect in effects)
-
-    @rule(id=st.sampled_from(IDS))
-    def release(self, id: HandoffId) -> None:
-        self.apply(self.table.release(id, "redeemed", self.now_s))
-        assert id not in self.held or id in self.sending
-
-    @rule(id=st.sampled_from(IDS))
-    def abort(self, id: HandoffId) -> None:
-        self.apply(self.table.abort(id, "cancelled", self.now_s))
-        assert id not in self.held or id in self.sending
-
-    @rule(ids=st.lists(st.sampled_from(IDS)))
-    def renew(self, ids: list[HandoffId]) -> None:
-        for lost in self.table.renew(ids, self.now_s):
-            assert lost not in self.held or lost in self.quarantined or self.is_expired(lost)
-
-    @rule(elapsed_s=st.sampled_from([0.0, 1.0, LEASE_S / 2, LEASE_S]))
-    def sweep(self, elapsed_s: float) -> None:
-        self.now_s += elapsed_s
-        self.apply(self.table.sweep(self.now_s))
-        deadline_s = self.table.next_deadline_s
-        assert deadline_s is None or deadline_s > self.now_s
-
-    @invariant()
-    def table_equals_model(self) -> None:
-        assert {id: lease.block_ids for id, lease in self.table.leases.items()} == self.held
-        states = {id: lease.state for id, lease in self.table.leases.items()}
-        for id, state in states.items():
-            assert (state is LeaseState.QUARANTINED) == (id in self.quarantined)
-            assert (state is LeaseState.LEASED) == (id not in self.sending)
-
-    def teardown(self) -> None:
-        for id, epoch in list(self.sending.items()):
-            del self.sending[id]
-            self.apply(self.table.send_ended(id, epoch, True, self.now_s))
-        self.apply(self.table.sweep(self.now_s + 1e9))
-        assert not self.table.leases
-        assert self.freed == set(range(self.next_block))
+def test_a_send_counts_as_a_renewal() -> None:
+    sending, _ = step(lease_in(LeaseState.LEASED), SendStarted(ID, TARGET, KEY), 9.0)
+    assert sending is not None
+    assert sending.expires_s == 19.0
 
 
-TestLeases = LeaseMachine.TestCase
-TestLeases.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+def test_only_what_the_target_lacks_is_sent() -> None:
+    _, (start,) = step(lease_in(LeaseState.LEASED), SendStarted(ID, TARGET, KEY, first=1), 0.0)
+    assert start == StartSend(ID, TARGET, KEY, FIRST[1:])
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        SendStarted(ID, replace(TARGET, generation=2), KEY),
+        SendStarted(ID, replace(TARGET, worker_id="decode-1"), KEY),
+        SendStarted(ID, TARGET, SendKey(3, 2)),
+        SendStarted(ID, TARGET, SendKey(3, -1)),
+        SendStarted(ID, TARGET, KEY, first=2),
+        SendStarted(ID, TARGET, KEY, first=-1),
+    ],
+)
+def test_a_redemption_of_what_is_not_leased_to_the_caller_is_refused(event: SendStarted) -> None:
+    lease = lease_in(LeaseState.LEASED)
+    after, (refused,) = step(lease, event, 0.0)
+    assert after == lease
+    assert isinstance(refused, Refused)
+    assert refused.kind == "StaleReference"
+
+
+def test_without_a_live_lease_nothing_is_sent() -> None:
+    quarantined = lease_in(LeaseState.QUARANTINED)
+    for lease, now_s in ((None, 0.0), (lease_in(LeaseState.ACCEPTED), 0.0), (quarantined, 0.0)):
+        after, (refused,) = step(lease, SendStarted(ID, TARGET, SendKey(9, 0)), now_s)
+        assert after == lease
+        assert isinstance(refused, Refused)
+    table = LeaseTable(TIMES)
+    table.accept(ID, TARGET, NUM_TOKENS, 0.0)
+    table.part_computed(ID, FIRST, None, 0.0)
+    with pytest.raises(StaleReference):
+        table.send_started(ID, TARGET, KEY, 0, TIMES.lease_s)  # expired, if not swept yet
+
+
+def test_a_repeated_redemption_starts_nothing_and_an_older_one_is_refused() -> None:
+    sending = lease_in(LeaseState.SENDING)
+    leased, _ = step(sending, SendEnded(ID, KEY), 0.0)
+    for lease in (sending, leased):
+        after, (ignored,) = step(lease, SendStarted(ID, TARGET, KEY), 0.0)
+        assert after == lease
+        assert isinstance(ignored, Ignored)
+        after, (refused,) = step(lease, SendStarted(ID, TARGET, SendKey(2, 1)), 0.0)
+        assert after == lease
+        assert isinstance(refused, Refused)
+        assert refused.kind == "StaleReference"
+
+
+@pytest.mark.parametrize("newer", [SendKey(3, 1), SendKey(4, 0)])
+def test_a_newer_send_may_start_before_the_older_has_ended(newer: SendKey) -> None:
+    """The target has the bytes of a part, or has given up on them, before its source knows that the send is over."""
+    both, effects = step(lease_in(LeaseState.SENDING), SendStarted(ID, TARGET, newer), 0.0)
+    assert effects == (StartSend(ID, TARGET, newer, LAST if newer.part else FIRST),)
+    for first, second in ((KEY, newer), (newer, KEY)):
+        one, effects = step(both, SendEnded(ID, first), 0.0)
+        assert effects == ()
+        assert one is not None
+        assert one.state is LeaseState.SENDING
+        none, effects = step(one, SendEnded(ID, second), 0.0)
+        assert effects == ()
+        assert none is not None
+        assert none.state is LeaseState.LEASED
+
+
+def test_blocks_stay_in_quarantine_until_the_last_of_several_sends_has_ended() -> None:
+    newer = SendKey(4, 0)
+    both, _ = step(lease_in(LeaseState.SENDING), SendStarted(ID, TARGET, newer), 0.0)
+    quarantined, _ = step(both, Release(ID, "redeemed"), 0.0)
+    one, effects = step(quarantined, SendEnded(ID, newer), 0.0)
+    assert effects == ()
+    again, (ignored,) = step(one, SendEnded(ID, newer), 0.0)
+    assert again == one
+    assert isinstance(ignored, Ignored)
+    after, (freed,) = step(one, SendEnded(ID, KEY), 0.0)
+    assert after is None
+    assert isinstance(freed, FreeBlocks)
+
+
+# Deaths
+
+
+def test_the_death_of_a_target_ends_what_is_kept_for_that_process() -> None:
+    table = LeaseTable(TIMES)
+    successor = HandoffId("successor", 0, 1)
+    elsewhere = HandoffId("elsewhere", 0, 1)
+    for id, target in (
+        (ID, TARGET),
+        (successor, replace(TARGET, generation=2)),
+        (elsewhere, replace(TARGET, worker_id="decode-1")),
+    ):
+        table.accept(id, target, NUM_TOKENS, 0.0)
+        table.part_computed(id, FIRST, None, 0.0)
+    effects = table.peer_gone("decode-0", 1, 1.0)
+    assert [type(effect) for effect in effects] == [StopPrefill, FreeBlocks, HandoffFailed]
+    assert effects[-1] == HandoffFailed(ID, "WorkerLost", "decode-0 died before it had redeemed the KV")
+    assert set(table.leases) == {successor, elsewhere}
+
+
+def test_a_death_says_nothing_new_of_what_is_in_quarantine() -> None:
+    table = LeaseTable(TIMES)
+    table.accept(ID, TARGET, NUM_TOKENS, 0.0)
+    table.part_computed(ID, FIRST, None, 0.0)
+    table.send_started(ID, TARGET, KEY, 0, 0.0)
+    table.abort(ID, "cancelled", 0.0)
+    assert table.quarantined_blocks == 2
+    assert table.peer_gone("decode-0", 1, 1.0) == ()
+    (freed,) = table.send_ended(ID, KEY, 2.0)
+    assert isinstance(freed, FreeBlocks)
+    assert table.quarantined_blocks == 0

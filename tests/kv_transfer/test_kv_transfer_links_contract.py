@@ -1,38 +1,47 @@
-"""What every kind of link promises, whichever way the bytes go."""
+"""Every kind of link over host memory keeps the contract; what only some kinds can get wrong."""
 
 from __future__ import annotations
 
 import gc
 import os
-import random
-import threading
-from collections.abc import Callable, Iterator
+import signal
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 import torch
 from kv_transfer_ends import (
-    BLOCK_BYTES,
     HOST,
-    KINDS,
-    LAYOUT,
     MESSAGE_BYTES,
-    NUM_BLOCKS,
-    TIMEOUT_S,
-    Ends,
+    OPENERS,
     Peer,
-    open_ends,
-    reversed_ends,
+    open_gloo,
     serve_gloo,
     serve_shared_pool,
+)
+from link_contract import (
+    BLOCK_BYTES,
+    CASES,
+    LAYOUT,
+    NUM_BLOCKS,
+    TIMEOUT_S,
+    TWO_SIDED_CASES,
+    Case,
+    OpenEnds,
+    accept,
+    case_name,
+    content,
+    random_pool,
     transfer,
 )
 
-from pdserve.kv_transfer.digest import block_digests, verify
 from pdserve.kv_transfer.gloo import GlooSink, GlooSource
+from pdserve.kv_transfer.link import Deadline, Landing
+from pdserve.kv_transfer.process_group import PairGroup
+from pdserve.kv_transfer.rendezvous import Listener, connect
 from pdserve.kv_transfer.shm import ShmSink
-from pdserve.proto.errors import CorruptKV, LayoutMismatch, PdserveError, StaleReference, TransferFailed
+from pdserve.proto.errors import TransferFailed
 
 
 @pytest.fixture(autouse=True)
@@ -40,103 +49,19 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(params=KINDS)
-def kind(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+@pytest.fixture(params=list(OPENERS))
+def opener(request: pytest.FixtureRequest) -> OpenEnds:
+    return OPENERS[str(request.param)]
 
 
-@pytest.fixture
-def ends(kind: str) -> Iterator[Ends]:
-    ends = open_ends(kind)
-    yield ends
-    ends.close()
+@pytest.mark.parametrize("case", CASES, ids=case_name)
+def test_contract(case: Case, opener: OpenEnds) -> None:
+    case(opener)
 
 
-def expected_after(ends: Ends, source_ids: list[int], target_ids: list[int]) -> torch.Tensor:
-    after: torch.Tensor = ends.target_pool.clone()
-    after[target_ids] = ends.source_pool[source_ids]
-    return after
-
-
-@pytest.mark.parametrize(
-    ("source_ids", "target_ids"),
-    [
-        ([0], [0]),
-        ([11, 0, 5], [2, 10, 3]),
-        ([3, 4, 5, 6, 7], [7, 8, 9, 10, 11]),
-        ([9, 8, 7, 6, 5, 4], [0, 1, 2, 3, 4, 5]),
-        (list(range(12)), [5, 6, 7, 8, 0, 1, 2, 3, 11, 10, 9, 4]),
-    ],
-)
-def test_exactly_the_named_blocks_arrive_and_no_other_is_touched(
-    ends: Ends, source_ids: list[int], target_ids: list[int]
-) -> None:
-    after, before = expected_after(ends, source_ids, target_ids), ends.source_pool.clone()
-    ends.move(transfer(len(source_ids)), source_ids, target_ids)
-    assert torch.equal(ends.target_pool, after)
-    assert torch.equal(ends.source_pool, before)
-
-
-@pytest.mark.parametrize(
-    ("change", "error"),
-    [
-        ({"link_epoch": 2}, StaleReference),
-        ({"layout_hash": LAYOUT + 1}, LayoutMismatch),
-        ({"block_bytes": BLOCK_BYTES // 2}, LayoutMismatch),
-        ({"num_blocks": 3}, TransferFailed),
-    ],
-)
-def test_a_transfer_that_is_not_for_this_link_is_refused_before_a_byte_lands(
-    ends: Ends, change: dict[str, int], error: type[PdserveError]
-) -> None:
-    before = ends.target_pool.clone()
-    with pytest.raises(error):
-        ends.sink.receive(replace(transfer(2), **change), [0, 1], [2, 3], TIMEOUT_S)  # type: ignore[arg-type]
-    if ends.source is not None:
-        with pytest.raises(error):
-            ends.source.send(replace(transfer(2), **change), [0, 1], TIMEOUT_S)  # type: ignore[arg-type]
-    assert torch.equal(ends.target_pool, before)
-
-
-@pytest.mark.parametrize("ids", [[0, NUM_BLOCKS], [-1, 0], [1, 1]])
-def test_blocks_outside_the_pool_or_named_twice_are_refused(ends: Ends, ids: list[int]) -> None:
-    before = ends.target_pool.clone()
-    with pytest.raises(TransferFailed):
-        ends.sink.receive(transfer(2), [0, 1], ids, TIMEOUT_S)
-    if ends.source is not None:
-        with pytest.raises(TransferFailed):
-            ends.source.send(transfer(2), ids, TIMEOUT_S)
-    else:
-        with pytest.raises(TransferFailed):
-            ends.sink.receive(transfer(2), ids, [0, 1], TIMEOUT_S)
-    assert torch.equal(ends.target_pool, before)
-
-
-def test_many_transfers_in_both_directions_over_the_same_links(ends: Ends) -> None:
-    back = reversed_ends(ends)
-    rng = random.Random(3)
-    try:
-        for attempt in range(20):
-            for way in (ends, back):
-                num_blocks = rng.randint(1, NUM_BLOCKS)
-                source_ids = rng.sample(range(NUM_BLOCKS), num_blocks)
-                target_ids = rng.sample(range(NUM_BLOCKS), num_blocks)
-                after = expected_after(way, source_ids, target_ids)
-                way.move(transfer(num_blocks, attempt=attempt), source_ids, target_ids)
-                assert torch.equal(way.target_pool, after)
-    finally:
-        back.close()
-
-
-def test_closing_twice_is_harmless_and_a_closed_link_refuses(ends: Ends) -> None:
-    ends.move(transfer(1), [0], [0])
-    ends.close()
-    ends.close()
-    with pytest.raises(TransferFailed, match="closed"):
-        ends.sink.receive(transfer(1), [0], [0], TIMEOUT_S)
-    if ends.source is not None:
-        with pytest.raises(TransferFailed, match="closed"):
-            ends.source.send(transfer(1), [0], TIMEOUT_S)
+@pytest.mark.parametrize("case", TWO_SIDED_CASES, ids=case_name)
+def test_contract_of_two_sided_links(case: Case) -> None:
+    case(open_gloo)
 
 
 def leftovers() -> tuple[int, int, int]:
@@ -146,9 +71,9 @@ def leftovers() -> tuple[int, int, int]:
     return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task")), maps.count("pdserve-kv")
 
 
-def test_opening_using_and_closing_leaves_nothing_behind(kind: str) -> None:
+def test_opening_using_and_closing_leaves_nothing_behind(opener: OpenEnds) -> None:
     def once() -> None:
-        ends = open_ends(kind)
+        ends = opener()
         ends.move(transfer(3), [0, 1, 2], [3, 4, 5])
         ends.close()
 
@@ -159,122 +84,7 @@ def test_opening_using_and_closing_leaves_nothing_behind(kind: str) -> None:
     assert leftovers() == before
 
 
-def test_every_flipped_swapped_or_stale_block_is_caught_by_the_digests(ends: Ends) -> None:
-    """Corruption at the source after hashing, in the target after the copy, and in the order of blocks."""
-    rng = random.Random(5)
-    num_blocks = 4
-    for attempt in range(100):
-        source_ids, target_ids = rng.sample(range(NUM_BLOCKS), num_blocks), rng.sample(range(NUM_BLOCKS), num_blocks)
-        moved = transfer(num_blocks, attempt=attempt)
-        digests = block_digests(moved.id, ends.source_pool, source_ids)
-        ends.move(moved, source_ids, target_ids)
-        verify(moved.id, ends.target_pool, target_ids, digests)
-        corrupt(ends.target_pool, target_ids, rng)
-        with pytest.raises(CorruptKV):
-            verify(moved.id, ends.target_pool, target_ids, digests)
-        block = rng.choice(source_ids)  # freed and used again while the transfer runs
-        ends.source_pool[block, rng.randrange(BLOCK_BYTES)] ^= 1 << rng.randrange(8)
-        ends.move(moved, source_ids, target_ids)
-        with pytest.raises(CorruptKV, match=f"position {source_ids.index(block)} "):
-            verify(moved.id, ends.target_pool, target_ids, digests)
-
-
-def corrupt(pool: torch.Tensor, block_ids: list[int], rng: random.Random) -> None:
-    first, second = rng.sample(block_ids, 2)
-    match rng.randrange(4):
-        case 0:
-            pool[first, rng.randrange(BLOCK_BYTES)] ^= 1 << rng.randrange(8)
-        case 1:
-            pool[first].zero_()
-        case 2:
-            pool[first].copy_(pool[second])
-        case _:
-            pool[[first, second]] = pool[[second, first]]
-
-
-# Two-sided links: what the peer announces, and peers that do not come or die.
-
-
-@pytest.mark.parametrize(
-    ("change", "error"),
-    [
-        ({"num_blocks": 3}, TransferFailed),
-        ({"link_epoch": 2}, StaleReference),
-        ({"layout_hash": LAYOUT + 1}, LayoutMismatch),
-    ],
-)
-def test_gloo_refuses_another_header_before_a_byte_lands(change: dict[str, int], error: type[PdserveError]) -> None:
-    ends = open_ends("gloo")
-    before = ends.target_pool.clone()
-    sent = replace(transfer(2), **change)  # type: ignore[arg-type]
-    assert isinstance(ends.sink, GlooSink)
-    source = GlooSource(ends.sink.address, ends.source_pool, sent.layout_hash, sent.link_epoch, HOST, MESSAGE_BYTES)
-    thread, errors = in_thread(lambda: source.send(sent, range(sent.num_blocks), TIMEOUT_S))
-    with pytest.raises(error):
-        ends.sink.receive(transfer(2), [0, 1], [2, 3], TIMEOUT_S)
-    thread.join(2 * TIMEOUT_S)
-    assert isinstance(errors[0], TransferFailed)
-    assert torch.equal(ends.target_pool, before)
-    source.close()
-    ends.close()
-
-
-def test_gloo_refuses_another_hand_off() -> None:
-    ends = open_ends("gloo")
-    before = ends.target_pool.clone()
-    assert ends.source is not None
-    source = ends.source
-    thread, errors = in_thread(lambda: source.send(transfer(2, attempt=1), [0, 1], TIMEOUT_S))
-    with pytest.raises(StaleReference, match="another hand-off"):
-        ends.sink.receive(transfer(2, attempt=2), [0, 1], [2, 3], TIMEOUT_S)
-    thread.join(2 * TIMEOUT_S)
-    assert isinstance(errors[0], TransferFailed)
-    assert torch.equal(ends.target_pool, before)
-    ends.close()
-
-
-def in_thread(call: Callable[[], None]) -> tuple[threading.Thread, list[Exception]]:
-    errors: list[Exception] = []
-
-    def run() -> None:
-        try:
-            call()
-        except Exception as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    return thread, errors
-
-
-def test_gloo_gives_up_at_its_deadline_when_the_source_never_comes() -> None:
-    ends = open_ends("gloo")
-    with pytest.raises(TransferFailed):
-        ends.sink.receive(transfer(1), [0], [0], 0.2)
-    ends.close()
-
-
-def test_gloo_gives_up_at_its_deadline_when_the_sink_never_receives() -> None:
-    ends = open_ends("gloo")
-    assert ends.source is not None
-    with pytest.raises(TransferFailed):
-        ends.source.send(transfer(1), [0], 0.2)
-    ends.close()
-
-
-def test_gloo_gives_up_at_its_deadline_when_an_open_link_falls_silent() -> None:
-    ends = open_ends("gloo")
-    assert ends.source is not None
-    ends.move(transfer(1), [0], [0])
-    with pytest.raises(TransferFailed):
-        ends.source.send(transfer(1), [0], 0.3)
-    with pytest.raises(TransferFailed):
-        ends.sink.receive(transfer(1), [0], [0], 0.3)
-    with pytest.raises(TransferFailed, match="closed"):  # what failed once is not used again
-        ends.source.send(transfer(1), [0], TIMEOUT_S)
-    with pytest.raises(TransferFailed, match="closed"):
-        ends.sink.receive(transfer(1), [0], [0], TIMEOUT_S)
-    ends.close()
+# Gloo: peers that die, stop and come late.
 
 
 def test_a_gloo_sink_outlives_killed_and_stopped_sources_and_meets_a_fresh_one() -> None:
@@ -285,22 +95,99 @@ def test_a_gloo_sink_outlives_killed_and_stopped_sources_and_meets_a_fresh_one()
         for epoch, (peer, ending, reason) in enumerate(
             zip(peers, ("kill", "stop", "send"), ("Connection|went away", "Timed out", ""), strict=True), start=1
         ):
-            sink = GlooSink(pool, LAYOUT, epoch, HOST, MESSAGE_BYTES)
+            sink = GlooSink(LAYOUT, epoch, HOST, MESSAGE_BYTES)
             assert peer.hear() == "ready"
             peer.pipe.send((sink.address, epoch, ending))
             wanted = transfer(4 if ending == "send" else 6, epoch)
-            ids = range(wanted.num_blocks)
+            landing = Landing(pool, tuple(range(wanted.num_blocks)))
             if ending == "send":
-                sink.receive(wanted, ids, ids, TIMEOUT_S)
+                sink.receive(wanted, landing.block_ids, landing, accept, TIMEOUT_S)
                 assert peer.hear() == "sent"
             else:
                 with pytest.raises(TransferFailed, match=reason):
-                    sink.receive(wanted, ids, ids, 3.0 if ending == "stop" else 2 * TIMEOUT_S)
+                    sink.receive(wanted, landing.block_ids, landing, accept, 3.0 if ending == "stop" else 2 * TIMEOUT_S)
             sink.close()
     finally:
         for peer in peers:
             peer.close()
-    assert torch.equal(pool[:4], open_ends("loopback", seed=3).source_pool[:4])
+    assert torch.equal(pool[:4], random_pool(3)[:4])
+
+
+LARGE_BYTES = 64 << 20  # more than the sockets' buffers hold
+
+
+def send_large(pipe: Connection, seed: int) -> None:
+    torch.set_num_threads(1)
+    deadline = Deadline(TIMEOUT_S)
+    group = PairGroup(connect(pipe.recv(), deadline), 1, HOST, deadline)
+    group.send(torch.ones(2 * LARGE_BYTES, dtype=torch.uint8)).wait(deadline)
+
+
+def test_a_source_that_dies_within_a_message_ends_the_wait_at_once() -> None:
+    peer, listener, deadline = Peer(send_large, seed=0), Listener(HOST), Deadline(3 * TIMEOUT_S)
+    try:
+        peer.pipe.send(listener.address)
+        group = PairGroup(listener.accept(deadline), 0, HOST, deadline)
+        received = torch.zeros(2 * LARGE_BYTES, dtype=torch.uint8)
+        message = group.recv(received)
+        while not received[0]:
+            deadline.left_s()
+        peer.kill()
+        with pytest.raises(TransferFailed, match=r"closed by peer|reset"):
+            message.wait(deadline)
+        assert not received[-1], "the message was whole before its sender died"
+        message.cancel()
+        group.close()
+        listener.close()
+    finally:
+        peer.close()
+
+
+def stop_while_receiving(pipe: Connection, marker: int) -> None:
+    """A sink that is stopped as soon as bytes may flow, and says later how the message ended and what came of it."""
+    torch.set_num_threads(1)
+    deadline = Deadline(TIMEOUT_S)
+    listener = Listener(HOST)
+    pipe.send(listener.address)
+    group = PairGroup(listener.accept(deadline), 0, HOST, deadline)
+    group.recv(torch.empty(len(transfer(1).header()) + 4, dtype=torch.uint8)).wait(deadline)
+    received = torch.zeros(LARGE_BYTES, dtype=torch.uint8)
+    message = group.recv(received)
+    os.kill(os.getpid(), signal.SIGSTOP)
+    try:
+        message.wait(deadline)
+        pipe.send("whole")
+    except TransferFailed:
+        pipe.send("broken")
+    pipe.send(int((received == marker).sum()))
+    pipe.recv()
+
+
+def test_a_gloo_source_that_gave_up_reads_its_blocks_no_more() -> None:
+    """Sent straight from the pool to a sink that is stopped; what is written to the blocks afterwards stays here."""
+    marker = 0xEE
+    pool = torch.zeros(1, LARGE_BYTES, dtype=torch.uint8)
+    peer = Peer(stop_while_receiving, seed=marker)
+    try:
+        source = GlooSource(peer.hear(), pool, LAYOUT, 1, HOST, LARGE_BYTES)
+        with pytest.raises(TransferFailed, match="Timed out"):
+            source.send(replace(transfer(1), block_bytes=LARGE_BYTES), [0], 3.0)
+        pool.fill_(marker)
+        peer.signal(signal.SIGCONT)
+        assert peer.hear() == "broken"
+        assert peer.hear() == "0"
+    finally:
+        peer.close()
+
+
+def test_workers_that_split_transfers_differently_refuse_each_other() -> None:
+    """A message longer than the receive that was posted for it would end the process."""
+    ends = open_gloo()
+    assert isinstance(ends.sink, GlooSink)
+    ends.source = GlooSource(ends.sink.address, ends.source_pool, LAYOUT, 1, HOST, 2 * MESSAGE_BYTES)
+    with pytest.raises(TransferFailed, match="max_message_bytes"):
+        ends.move(transfer(9), range(9), range(9))
+    ends.close()
 
 
 # Shared memory.
@@ -310,18 +197,32 @@ def test_shm_reads_a_live_peer_and_keeps_a_killed_ones_memory_only_until_closed(
     peer = Peer(serve_shared_pool, seed=1)
     pool = torch.zeros(NUM_BLOCKS, BLOCK_BYTES, dtype=torch.uint8)
     address = peer.hear()
-    sink = ShmSink(address, pool, LAYOUT, 1)
+    sink = ShmSink(address, LAYOUT, 1)
     try:
-        sink.receive(transfer(4), [3, 2, 1, 0], [0, 1, 2, 3], TIMEOUT_S)
-        assert torch.equal(pool[:4], open_ends("loopback", seed=1).source_pool[[3, 2, 1, 0]])
+        sink.receive(transfer(4), [3, 2, 1, 0], Landing(pool, (0, 1, 2, 3)), accept, TIMEOUT_S)
+        assert torch.equal(pool[:4], random_pool(1)[[3, 2, 1, 0]])
         assert "pdserve-kv" in Path("/proc/self/maps").read_text()
         peer.kill()
-        sink.receive(transfer(1), [5], [5], TIMEOUT_S)  # no fault: the digest decides what it is worth
-        fresh = ShmSink(address, pool, LAYOUT, 2)
+        sink.receive(transfer(1), [5], Landing(pool, (5,)), accept, TIMEOUT_S)  # no fault: the digest decides
+        fresh = ShmSink(address, LAYOUT, 2)
         with pytest.raises(TransferFailed):
-            fresh.receive(transfer(1, epoch=2), [0], [0], TIMEOUT_S)
+            fresh.receive(transfer(1, 2), [0], Landing(pool, (0,)), accept, TIMEOUT_S)
     finally:
         sink.close()
         peer.close()
     gc.collect()
     assert "pdserve-kv" not in Path("/proc/self/maps").read_text()
+
+
+def test_shm_reads_a_stopped_peer() -> None:
+    """The source takes no part: whether its process runs does not matter."""
+    peer = Peer(serve_shared_pool, seed=1)
+    pool = torch.zeros(NUM_BLOCKS, BLOCK_BYTES, dtype=torch.uint8)
+    sink = ShmSink(peer.hear(), LAYOUT, 1)
+    try:
+        peer.signal(signal.SIGSTOP)
+        sink.receive(transfer(2), [3, 2], Landing(pool, (0, 1)), accept, TIMEOUT_S)
+        assert torch.equal(content(pool)[:2], random_pool(1)[[3, 2]])
+    finally:
+        sink.close()
+        peer.close()

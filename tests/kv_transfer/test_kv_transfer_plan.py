@@ -8,25 +8,43 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from pdserve.kv_transfer.config import KVTransferConfig
-from pdserve.kv_transfer.plan import Reach, choose_link, copy_runs
+from pdserve.kv_transfer.plan import LinkChoice, Reach, choose_link, copy_runs
 from pdserve.proto.errors import TransferFailed
 
-BOTH = frozenset({"shm", "gloo"})
+HOST = frozenset({"shm", "gloo"})
+DEVICE = frozenset({"cuda_ipc", "nccl"})
+PREFERENCE = ["shm", "cuda_ipc", "nccl", "gloo"]
 
 
 def test_the_first_kind_that_fits_both_is_chosen() -> None:
-    here, there = Reach("host-a", BOTH), Reach("host-b", BOTH)
-    assert choose_link(["shm", "gloo"], here, Reach("host-a", BOTH)) == "shm"
-    assert choose_link(["gloo", "shm"], here, Reach("host-a", BOTH)) == "gloo"
-    assert choose_link(["shm", "gloo"], here, there) == "gloo"
-    assert choose_link(["shm", "gloo"], here, Reach("host-a", frozenset({"gloo"}))) == "gloo"
+    here, there = Reach("host-a", HOST), Reach("host-b", HOST)
+    assert choose_link(["shm", "gloo"], here, Reach("host-a", HOST)) == LinkChoice("shm", "")
+    assert choose_link(["gloo", "shm"], here, Reach("host-a", HOST)) == LinkChoice("gloo", "")
+    assert choose_link(["shm", "gloo"], here, there) == LinkChoice("gloo", "shm: not on one host")
+    only_gloo = Reach("host-a", frozenset({"gloo"}))
+    assert choose_link(["shm", "gloo"], here, only_gloo) == LinkChoice("gloo", "shm: not open there")
+    assert choose_link(["shm", "gloo"], only_gloo, here) == LinkChoice("gloo", "shm: not open here")
+
+
+def test_links_between_devices_need_both_pools_on_devices() -> None:
+    assert choose_link(PREFERENCE, Reach("a", DEVICE), Reach("a", DEVICE)) == LinkChoice("cuda_ipc", "")
+    assert choose_link(PREFERENCE, Reach("a", DEVICE), Reach("b", DEVICE)) == LinkChoice(
+        "nccl", "cuda_ipc: not on one host"
+    )
+    with pytest.raises(TransferFailed, match=r"shm: KV is in cuda memory here; cuda_ipc: KV is in cpu memory there"):
+        choose_link(PREFERENCE, Reach("a", DEVICE), Reach("a", HOST))
+
+
+def test_kinds_for_memory_that_neither_worker_has_are_no_reason() -> None:
+    here, there = Reach("host-a", HOST), Reach("host-b", HOST)
+    assert choose_link(PREFERENCE, here, there) == LinkChoice("gloo", "shm: not on one host")
 
 
 def test_two_workers_without_a_common_link_learn_why() -> None:
     with pytest.raises(TransferFailed, match=r"shm: not on one host; gloo: not open there"):
-        choose_link(["shm", "gloo"], Reach("a", BOTH), Reach("b", frozenset({"shm"})))
+        choose_link(["shm", "gloo"], Reach("a", HOST), Reach("b", frozenset({"shm"})))
     with pytest.raises(TransferFailed, match=r"gloo: not open here"):
-        choose_link(["gloo"], Reach("a", frozenset()), Reach("b", BOTH))
+        choose_link(["gloo"], Reach("a", frozenset()), Reach("b", HOST))
 
 
 @given(st.permutations(range(12)), st.permutations(range(12)), st.integers(0, 12))

@@ -207,7 +207,7 @@ async def test_a_clients_deadline_travels_to_the_workers_and_is_capped(bare_mode
         await collect(scene.stub.Generate(ask(max_tokens=1), timeout=20))
         await collect(scene.stub.Generate(ask(max_tokens=1), timeout=1e6))
         first, second = (request.timeout_s for request in scene.worker("d0").expects)
-        assert 10 < first <= 20
+        assert 10 < first < 21  # gRPC rounds deadlines
         assert 40 < second <= 50
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from router_fakes import LAYOUT, make_load
 
 from pdserve.proto.types import Role
-from pdserve.router.policy import POLICIES, Pending, WorkerView, least_loaded, round_robin
+from pdserve.router.policy import POLICIES, Pending, WorkerView, least_loaded, round_robin, why_nobody
 
 
 def view(worker_id: str, role: Role, pending: Pending = Pending(), **load: object) -> WorkerView:  # noqa: B008
@@ -31,10 +31,23 @@ def test_half_a_fleet_serves_nobody(policy) -> None:  # type: ignore[no-untyped-
 
 @pytest.mark.parametrize("policy", POLICIES.values())
 def test_workers_whose_layouts_differ_are_never_paired(policy) -> None:  # type: ignore[no-untyped-def]
-    other = replace(D0, layout=replace(LAYOUT, block_size=32))
+    other = replace(D0, layout=replace(LAYOUT, num_layers=LAYOUT.num_layers + 1))
     assert policy([P0, other], 10, 0) is None
+    assert "num_layers" in why_nobody([P0, other])
     placement = policy([P0, other, D1], 10, 0)
     assert placement.decode_id == "d1"
+
+
+@pytest.mark.parametrize("policy", POLICIES.values())
+def test_another_block_size_is_bridged(policy) -> None:  # type: ignore[no-untyped-def]
+    other = replace(D0, layout=replace(LAYOUT, block_size=LAYOUT.block_size * 2))
+    assert policy([P0, other], 10, 0) is not None
+
+
+def test_nobody_is_explained() -> None:
+    assert why_nobody([]) == "no prefill and no decode worker is ready"
+    assert why_nobody([P0]) == "no decode worker is ready"
+    assert why_nobody([D0, view("p9", Role.PREFILL, draining=True)]) == "no prefill worker is ready"
 
 
 @pytest.mark.parametrize("policy", POLICIES.values())
