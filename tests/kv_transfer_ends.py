@@ -10,6 +10,7 @@ from multiprocessing.connection import Connection
 import link_contract
 import torch
 from link_contract import BLOCK_BYTES, LAYOUT, NUM_BLOCKS, TIMEOUT_S, Ends, random_pool, transfer
+from xxhash import xxh3_64_intdigest
 
 from pdserve.kv_transfer.digest import Digester
 from pdserve.kv_transfer.gloo import GlooSink, GlooSource
@@ -88,7 +89,8 @@ def die_half_way(address: str, epoch: int, ending: str, pool: torch.Tensor) -> N
     """Send the announcement and the first of two messages, then be killed or stopped."""
     deadline = Deadline(TIMEOUT_S)
     group = PairGroup(connect(address, deadline), 1, HOST, deadline)
-    announcement = bytearray(transfer(6, epoch).header() + (3).to_bytes(4, "little"))
+    plan = xxh3_64_intdigest(b"[(3,), (3,)]").to_bytes(8, "little")
+    announcement = bytearray(transfer(6, epoch).header() + plan)
     group.send(torch.frombuffer(announcement, dtype=torch.uint8)).wait(deadline)
     group.send(pool[:3]).wait(deadline)
     os.kill(os.getpid(), signal.SIGKILL if ending == "kill" else signal.SIGSTOP)

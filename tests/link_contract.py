@@ -12,100 +12,53 @@ import random
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
 import pytest
 import torch
+from link_ends import (
+    BLOCK_BYTES,
+    LAYOUT,
+    NUM_BLOCKS,
+    TIMEOUT_S,
+    Ends,
+    Ids,
+    Sender,
+    accept,
+    content,
+    content_after,
+    random_bytes,
+    random_pool,
+    transfer,
+)
 
-from pdserve.kv_transfer.digest import Digester
-from pdserve.kv_transfer.link import Landing, LinkSink, LinkSource, PartCheck, Transfer
+from pdserve.kv_transfer.link import Landing
 from pdserve.proto.errors import CorruptKV, LayoutMismatch, PdserveError, StaleReference, TransferFailed
 from pdserve.proto.types import HandoffId
 
-BLOCK_BYTES = 65_540  # a multiple of an int8 block's scales, not of 8
-NUM_BLOCKS = 24
-LAYOUT = 0x1234_5678_9ABC_DEF0
-TIMEOUT_S = 20.0
+__all__ = [
+    "BLOCK_BYTES",
+    "CASES",
+    "LAYOUT",
+    "NUM_BLOCKS",
+    "TIMEOUT_S",
+    "TWO_SIDED_CASES",
+    "Case",
+    "Ends",
+    "Ids",
+    "OpenEnds",
+    "Sender",
+    "accept",
+    "case_name",
+    "content",
+    "random_bytes",
+    "random_pool",
+    "transfer",
+]
+
 NOT_TODAY_S = 0.2  # of waits that end at their deadline
-
-Ids = Sequence[int]
-
-
-def nothing() -> None:
-    """Host memory is visible as soon as it is written."""
-
-
-@dataclass
-class Ends:
-    """Both ends of one link, in this process. The pools are uint8 `[NUM_BLOCKS, BLOCK_BYTES]`, of random content."""
-
-    source_pool: torch.Tensor
-    target_pool: torch.Tensor
-    sink: LinkSink
-    source: LinkSource | None  # none for one-sided kinds
-    digester: Digester
-    release: Callable[[], None] = nothing  # what the pools need beyond the ends
-    another_source: Callable[[int, int], LinkSource] | None = None  # (layout hash, link epoch), for the same sink
-    source_written: Callable[[], None] = nothing  # make writes to the source pool visible to the sink
-
-    def move(
-        self,
-        wanted: Transfer,
-        source_ids: Ids,
-        target_ids: Ids,
-        check: PartCheck | None = None,
-        sent: Transfer | None = None,
-        sent_ids: Ids | None = None,
-    ) -> None:
-        """One transfer; raises what the sink raises, once the source has ended too.
-
-        `check`: by default the digests of the source's blocks as they are now. `sent`, `sent_ids`: where the source
-        has other ideas than the sink.
-        """
-        landing = Landing(self.target_pool, tuple(target_ids))
-        sent_ids = source_ids if sent_ids is None else sent_ids
-        check = check or self.vouched(wanted, source_ids)
-        if self.source is None:
-            self.sink.receive(wanted, sent_ids, landing, check, TIMEOUT_S)
-            return
-        sender = Sender(self.source, sent or wanted, sent_ids)
-        sender.start()
-        try:
-            self.sink.receive(wanted, source_ids, landing, check, TIMEOUT_S)
-        finally:
-            sender.join(2 * TIMEOUT_S)
-            assert not sender.is_alive()
-        if sender.error is not None:
-            raise sender.error
-
-    def vouched(self, transfer: Transfer, source_ids: Ids, first: int = 0) -> PartCheck:
-        """The check of what the source holds now."""
-        digests = self.digester.digests(transfer.id, LAYOUT, first, self.source_pool, source_ids)
-        return self.digester.checker(transfer.id, LAYOUT, first, digests, len(source_ids))
-
-    def close(self) -> None:
-        self.sink.close()
-        if self.source is not None:
-            self.source.close()
-        self.release()
-
-
-class Sender(threading.Thread):
-    """The source's side of one transfer."""
-
-    def __init__(self, source: LinkSource, transfer: Transfer, block_ids: Ids, timeout_s: float = TIMEOUT_S) -> None:
-        super().__init__(daemon=True)
-        self._call = source.send, transfer, block_ids, timeout_s
-        self.error: Exception | None = None
-
-    def run(self) -> None:
-        send, transfer, block_ids, timeout_s = self._call
-        try:
-            send(transfer, block_ids, timeout_s)
-        except Exception as error:
-            self.error = error
 
 
 class OpenEnds(Protocol):
@@ -119,34 +72,6 @@ Case = Callable[[OpenEnds], None]
 
 def case_name(case: Case) -> str:
     return getattr(case, "__name__", "case")
-
-
-def transfer(num_blocks: int, link_epoch: int = 1, attempt: int = 0, part: int = 0) -> Transfer:
-    return Transfer(HandoffId("request", attempt, 7), part, num_blocks, BLOCK_BYTES, LAYOUT, link_epoch)
-
-
-def random_bytes(num_bytes: int, seed: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (num_bytes,), dtype=torch.uint8, generator=generator)
-
-
-def random_pool(seed: int) -> torch.Tensor:
-    return random_bytes(NUM_BLOCKS * BLOCK_BYTES, seed).view(NUM_BLOCKS, BLOCK_BYTES)
-
-
-def content(pool: torch.Tensor) -> torch.Tensor:
-    """A copy in host memory."""
-    return pool.cpu().clone()
-
-
-def content_after(ends: Ends, source_ids: Ids, target_ids: Ids) -> torch.Tensor:
-    after = content(ends.target_pool)
-    after[list(target_ids)] = content(ends.source_pool)[list(source_ids)]
-    return after
-
-
-def accept(first: int, pool: torch.Tensor, block_ids: Ids) -> None:
-    """A check that everything passes."""
 
 
 # Bytes.
@@ -264,26 +189,22 @@ def offer(ends: Ends, source_ids: Ids) -> None:
 # Corruption: never a silent pass, and nothing is written after the refusal.
 
 
-def flip_a_bit(pool: torch.Tensor, ids: list[int], rng: random.Random) -> list[int]:
+def flip_a_bit(pool: torch.Tensor, ids: list[int], rng: random.Random) -> None:
     pool[rng.choice(ids), rng.randrange(BLOCK_BYTES)] ^= 1 << rng.randrange(8)
-    return ids
 
 
-def zero_a_run(pool: torch.Tensor, ids: list[int], rng: random.Random) -> list[int]:
+def zero_a_run(pool: torch.Tensor, ids: list[int], rng: random.Random) -> None:
     pool[rng.choice(ids), BLOCK_BYTES // 2 :] = 0
-    return ids
 
 
-def reuse_a_block(pool: torch.Tensor, ids: list[int], rng: random.Random) -> list[int]:
+def reuse_a_block(pool: torch.Tensor, ids: list[int], rng: random.Random) -> None:
     stale = rng.choice(ids)
     pool[stale] = pool[(stale + 1) % NUM_BLOCKS].clone()
-    return ids
 
 
-def swap_blocks(pool: torch.Tensor, ids: list[int], rng: random.Random) -> list[int]:
-    i, j = rng.sample(range(len(ids)), 2)
-    ids[i], ids[j] = ids[j], ids[i]
-    return ids
+def swap_blocks(pool: torch.Tensor, ids: list[int], rng: random.Random) -> None:
+    pair = rng.sample(ids, 2)
+    pool[pair] = pool[pair[::-1]].clone()
 
 
 def blocks_that_differ_from_what_was_offered_never_pass(open_ends: OpenEnds) -> None:
@@ -294,14 +215,23 @@ def blocks_that_differ_from_what_was_offered_never_pass(open_ends: OpenEnds) -> 
         target_ids = rng.sample(range(NUM_BLOCKS), 20)
         moved = transfer(20, link_epoch)
         check = ends.vouched(moved, source_ids)
-        sent_ids = spoil(ends.source_pool, list(source_ids), rng)
+        spoil(ends.source_pool, source_ids, rng)
         ends.source_written()
         with pytest.raises(CorruptKV, match="position"):
-            ends.move(moved, source_ids, target_ids, check, sent_ids=sent_ids)
+            ends.move(moved, source_ids, target_ids, check)
         found = content(ends.target_pool)
         ends.source_pool.copy_(random_pool(link_epoch))
         ends.close()
         assert torch.equal(content(ends.target_pool), found)
+
+
+def blocks_in_another_order_never_pass(open_ends: OpenEnds) -> None:
+    """Where both ends compare what they are about to do, they may refuse before a byte moves."""
+    ends, moved = open_ends(), transfer(3)
+    check = ends.vouched(moved, [4, 5, 9])
+    with pytest.raises((CorruptKV, TransferFailed)):
+        ends.move(moved, [4, 5, 9], [0, 1, 2], check, sent_ids=[5, 4, 9])
+    ends.close()
 
 
 def a_missing_digest_is_corruption(open_ends: OpenEnds) -> None:
@@ -419,6 +349,7 @@ CASES: Sequence[Case] = (
     a_transfer_that_is_not_for_this_link_is_refused_before_a_byte_lands,
     blocks_outside_the_memory_or_named_twice_are_refused,
     blocks_that_differ_from_what_was_offered_never_pass,
+    blocks_in_another_order_never_pass,
     a_missing_digest_is_corruption,
     a_transfer_ends_at_its_deadline,
     closing_during_a_transfer_ends_it_and_nothing_is_written_later,

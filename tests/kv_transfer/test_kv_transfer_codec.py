@@ -88,6 +88,11 @@ def expected_rows(source: Blocks, token: int, target: KVLayout) -> tuple[torch.T
     return data.to(TORCH_DTYPES[target.dtype]), data[:0].to(TORCH_DTYPES[target.dtype])
 
 
+def alike(got: torch.Tensor, wanted: torch.Tensor) -> bool:
+    """Number by number, a NaN being like any other."""
+    return torch.equal(got.isnan(), wanted.isnan()) and torch.equal(got.nan_to_num(), wanted.nan_to_num())
+
+
 def hand_over(source: Blocks, target: Blocks, first_block: int, num_tokens: int) -> None:
     """A part: source blocks from `first_block` on that hold `num_tokens`."""
     size = source.layout.block_size
@@ -123,7 +128,9 @@ def test_parts_in_any_order_land_token_by_token_and_touch_nothing_else(
         hand_over(source, target, first, end - first_token)
     for token in range(num_tokens):
         for got, wanted in zip(target.rows(token), expected_rows(source, token, target_layout), strict=True):
-            assert as_bytes(got) == as_bytes(wanted), f"token {token}"
+            # Which NaN a NaN becomes in another dtype is the processor's choice.
+            same = as_bytes(got) == as_bytes(wanted) or (dtype != source_layout.dtype and alike(got, wanted))
+            assert same, f"token {token}: {got} is not {wanted}"
         for got, old in zip(target.rows(token), before.rows(token), strict=True):
             got.copy_(old)
     assert torch.equal(target.bytes, before.bytes), "something else was touched"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import threading
+from contextlib import suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -49,9 +51,12 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(params=list(OPENERS))
-def opener(request: pytest.FixtureRequest) -> OpenEnds:
-    return OPENERS[str(request.param)]
+@pytest.fixture(params=[*OPENERS, "gloo in place"])
+def opener(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> OpenEnds:
+    kind, _, is_in_place = str(request.param).partition(" ")
+    if is_in_place:  # as large blocks travel: each by itself, from one pool straight into the other
+        monkeypatch.setattr("pdserve.kv_transfer.gloo.MIN_PIECE_BYTES", 1)
+    return OPENERS[kind]
 
 
 @pytest.mark.parametrize("case", CASES, ids=case_name)
@@ -150,7 +155,7 @@ def stop_while_receiving(pipe: Connection, marker: int) -> None:
     listener = Listener(HOST)
     pipe.send(listener.address)
     group = PairGroup(listener.accept(deadline), 0, HOST, deadline)
-    group.recv(torch.empty(len(transfer(1).header()) + 4, dtype=torch.uint8)).wait(deadline)
+    group.recv(torch.empty(len(transfer(1).header()) + 8, dtype=torch.uint8)).wait(deadline)
     received = torch.zeros(LARGE_BYTES, dtype=torch.uint8)
     message = group.recv(received)
     os.kill(os.getpid(), signal.SIGSTOP)
@@ -180,8 +185,51 @@ def test_a_gloo_source_that_gave_up_reads_its_blocks_no_more() -> None:
         peer.close()
 
 
-def test_workers_that_split_transfers_differently_refuse_each_other() -> None:
-    """A message longer than the receive that was posted for it would end the process."""
+def send_marked(pipe: Connection, marker: int) -> None:
+    """A source that is stopped while it sends, and says when it has ended."""
+    torch.set_num_threads(1)
+    pool = torch.full((1, 2 * LARGE_BYTES), marker, dtype=torch.uint8)
+    pipe.send("ready")
+    source = GlooSource(pipe.recv(), pool, LAYOUT, 1, HOST, 2 * LARGE_BYTES)
+    with suppress(TransferFailed):
+        source.send(replace(transfer(1), block_bytes=2 * LARGE_BYTES), [0], 5.0)
+    pipe.send("ended")
+    pipe.recv()
+
+
+def test_a_gloo_sink_that_gave_up_has_its_landing_to_itself() -> None:
+    """Bytes that were meant for it are on the wire still when its blocks serve another request."""
+    marker = 0xEE
+    pool = torch.zeros(1, 2 * LARGE_BYTES, dtype=torch.uint8)
+    peer, deadline = Peer(send_marked, seed=marker), Deadline(TIMEOUT_S)
+    sink = GlooSink(LAYOUT, 1, HOST, 2 * LARGE_BYTES)
+
+    def stop_when_bytes_come() -> None:
+        while not pool[0, 0]:
+            deadline.left_s()
+        peer.signal(signal.SIGSTOP)
+
+    stopper = threading.Thread(target=stop_when_bytes_come, daemon=True)
+    try:
+        assert peer.hear() == "ready"
+        peer.pipe.send(sink.address)
+        stopper.start()
+        wanted = replace(transfer(1), block_bytes=2 * LARGE_BYTES)
+        with pytest.raises(TransferFailed, match="Timed out"):
+            sink.receive(wanted, [0], Landing(pool, (0,)), accept, 3.0)
+        assert pool[0, 0] == marker, "it was not stopped within the message"
+        pool.fill_(1)
+        peer.signal(signal.SIGCONT)
+        stopper.join(TIMEOUT_S)
+        assert peer.hear() == "ended"
+        assert bool((pool == 1).all())
+    finally:
+        sink.close()
+        peer.close()
+
+
+def test_ends_that_split_a_transfer_differently_refuse_each_other() -> None:
+    """A piece longer than the receive that was posted for it would end the process."""
     ends = open_gloo()
     assert isinstance(ends.sink, GlooSink)
     ends.source = GlooSource(ends.sink.address, ends.source_pool, LAYOUT, 1, HOST, 2 * MESSAGE_BYTES)

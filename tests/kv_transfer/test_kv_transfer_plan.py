@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from pdserve.kv_transfer.config import KVTransferConfig
-from pdserve.kv_transfer.plan import LinkChoice, Reach, choose_link, copy_runs
+from pdserve.kv_transfer.plan import LinkChoice, Message, Reach, choose_link, copy_runs, plan_messages
 from pdserve.proto.errors import TransferFailed
 
 HOST = frozenset({"shm", "gloo"})
@@ -58,6 +58,26 @@ def test_adjacent_blocks_travel_in_one_run() -> None:
     assert len(copy_runs(zip(range(5, 9), range(2, 6), strict=True))) == 1
     assert len(copy_runs([(0, 0), (1, 1), (2, 5), (3, 6)])) == 2
     assert len(copy_runs([(1, 1), (0, 0)])) == 2
+
+
+@given(st.permutations(range(12)), st.integers(1, 12), st.integers(1, 60), st.integers(1, 60))
+def test_messages_carry_every_block_once_in_order_and_within_their_size(
+    source_ids: list[int], num_blocks: int, message_bytes: int, min_piece_bytes: int
+) -> None:
+    block_bytes = 7
+    messages = plan_messages(source_ids[:num_blocks], block_bytes, message_bytes, min_piece_bytes)
+    assert [block for message in messages for block in range(num_blocks)[message.blocks]] == list(range(num_blocks))
+    for message in messages:
+        carried = source_ids[:num_blocks][message.blocks]
+        assert len(carried) == sum(message.pieces)
+        assert len(carried) == 1 or len(carried) * block_bytes <= message_bytes
+        assert len(message.pieces) == 1 or len(carried) * block_bytes >= len(message.pieces) * min_piece_bytes
+
+
+def test_large_blocks_travel_as_they_lie_and_small_ones_together() -> None:
+    assert plan_messages([4, 5, 9, 1, 2, 3], 10, 40, 10) == [Message(0, (2, 1, 1)), Message(4, (2,))]
+    assert plan_messages([4, 5, 9, 1, 2, 3], 10, 40, 15) == [Message(0, (4,)), Message(4, (2,))]
+    assert plan_messages([4, 5], 100, 40, 10) == [Message(0, (1,)), Message(1, (1,))]
 
 
 @pytest.mark.parametrize(

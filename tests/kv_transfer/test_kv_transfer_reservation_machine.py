@@ -19,7 +19,7 @@ SOURCES = (WorkerRef("prefill-0", 1, "host:1"), WorkerRef("prefill-0", 2, "host:
 TIMEOUTS = Timeouts(reserve_s=20, room_s=20, part_s=20, transfer_s=10, renew_s=4, max_pulls=2)
 LEASE_S = 30.0
 POOL_BLOCKS = 8
-IDS = [HandoffId("a", 0, 1), HandoffId("a", 1, 1), HandoffId("b", 0, 1)]
+IDS = [HandoffId(name, attempt, 1) for name in "abcd" for attempt in (0, 1)]
 some_id = st.sampled_from(IDS)
 
 
@@ -122,33 +122,40 @@ class ReservationMachine(RuleBasedStateMachine):
 
     # What happens to it.
 
+    @precondition(lambda self: len(self.uses) < len(IDS) and len(self.table.reservations) < 3)
     @rule(
-        id=some_id,
         source=st.sampled_from(SOURCES),
         sizes=st.lists(st.integers(1, 2), min_size=1, max_size=3),
         left_s=st.sampled_from([15.0, 1e9, 1e9]),
     )
-    def expect(self, id: HandoffId, source: WorkerRef, sizes: list[int], left_s: float) -> None:
+    def expect(self, source: WorkerRef, sizes: list[int], left_s: float) -> None:
+        id = IDS[len(self.uses)]
+        self.uses[id] = Use(source, tuple(sizes))
+        self.apply(self.table.expect(id, source, sum(sizes), self.now_s + left_s, self.now_s))
+
+    def expect_again(self, id: HandoffId, source: WorkerRef) -> None:
         use = self.uses.get(id)
-        deadline_s = self.now_s + left_s
-        if use is None:
-            self.uses[id] = Use(source, tuple(sizes))
-            self.apply(self.table.expect(id, source, sum(sizes), deadline_s, self.now_s))
-        elif id in self.table.reservations:
-            before = dict(self.table.reservations)
-            try:
-                self.apply(self.table.expect(id, source, sum(sizes), deadline_s, self.now_s))
-            except DuplicateRequest:
-                assert use.quarantined or (source, sum(sizes)) != (use.source, use.num_blocks)
-            assert before == self.table.reservations
+        if use is None or id not in self.table.reservations:
+            return
+        before = dict(self.table.reservations)
+        try:
+            self.apply(self.table.expect(id, source, use.num_blocks, self.now_s + 99.0, self.now_s))
+        except DuplicateRequest:
+            assert use.quarantined or source != use.source
+        assert before == self.table.reservations
 
     @precondition(lambda self: self.uses)
-    @rule(id=some_id, behind=st.sampled_from([0, 0, 0, 0, 1, -1]), is_wrong=st.sampled_from([False] * 7 + [True]))
-    def offer(self, id: HandoffId, behind: int, is_wrong: bool) -> None:
+    @rule(
+        data=st.data(),
+        behind=st.sampled_from([0, 0, 0, 0, 1, -1]),
+        is_wrong=st.sampled_from([False] * 7 + [True]),
+    )
+    def offer(self, data: st.DataObject, behind: int, is_wrong: bool) -> None:
         """The next part, or one that came before, or one too early; or one that cannot be used."""
-        use = self.uses.get(id)
-        index = 0 if use is None else use.num_offered - behind
-        if use is None or not 0 <= index < len(use.sizes):
+        id = data.draw(st.sampled_from([*self.table.reservations, *self.uses]))
+        use = self.uses[id]
+        index = use.num_offered - behind
+        if not 0 <= index < len(use.sizes):
             return
         part = use.part(index)
         is_news = index == use.num_offered and id in self.table.reservations
@@ -209,9 +216,10 @@ class ReservationMachine(RuleBasedStateMachine):
     @rule(
         id=some_id,
         source=st.sampled_from(SOURCES),
-        what=st.sampled_from(["abort", "die", "end no fetch", "no ask", "renew"]),
+        what=st.sampled_from(["abort", "die", "end no fetch", "no ask", "renew", "expect", "end", "sweep", "sweep"]),
+        elapsed_s=st.sampled_from([0.0, 1.0, 1.0, 5.0, 20.0]),
     )
-    def disturb(self, id: HandoffId, source: WorkerRef, what: str) -> None:
+    def disturb(self, id: HandoffId, source: WorkerRef, what: str, elapsed_s: float) -> None:
         """One rule for all that ends things or should change nothing, so that most steps make progress."""
         match what:
             case "abort":
@@ -227,6 +235,13 @@ class ReservationMachine(RuleBasedStateMachine):
                 self.unchanged(self.table.part_ended(id, 0, self.now_s))
             case "no ask" if not self.asked:
                 self.unchanged(self.table.blocks_refused(id, self.now_s))
+            case "expect":
+                self.expect_again(id, source)
+            case "end":  # of the sequences that run
+                self.free |= self.running
+                self.running = set()
+            case "sweep":
+                self.sweep(elapsed_s)
             case "renew":
                 renewed = [id for ids in self.table.due_renewals(self.now_s).values() for id in ids]
                 assert all(self.uses[id].num_offered and not self.uses[id].is_over for id in renewed)
@@ -236,12 +251,6 @@ class ReservationMachine(RuleBasedStateMachine):
         self.apply(effects)
         assert before == (dict(self.table.reservations), self.free)
 
-    @rule()
-    def sequences_end(self) -> None:
-        self.free |= self.running
-        self.running = set()
-
-    @rule(elapsed_s=st.sampled_from([0.0, 1.0, 1.0, 5.0, 20.0]))
     def sweep(self, elapsed_s: float) -> None:
         self.now_s += elapsed_s
         self.apply(self.table.sweep(self.now_s))
