@@ -1,16 +1,19 @@
-# One verb each: setup demo test check proto bench clean. A fresh machine needs Python 3.11 or newer, and make.
+# One verb each: setup demo test check model-check simulate proto bench clean.
+# A fresh machine needs Python 3.11 or newer, and make.
 #
 #   PYTHON    the interpreter the environment is made from
 #   TORCH     the torch to install instead of the build that fits this machine, e.g. TORCH=torch==2.13.0
 #   PIP_ARGS  passed on to every `pip install`, e.g. PIP_ARGS="--extra-index-url <address>"
 #   KEEP      KEEP=1 leaves the cluster of `make demo` up
-#   ARGS      passed on to pytest, e.g. ARGS="tests/engine -k scheduler"
+#   ARGS      passed on to pytest, model-check or simulate, e.g. ARGS="tests/engine -k scheduler"
+#   SEEDS     how many seeds `make simulate` runs, or which: SEEDS=10000, SEEDS=17-17
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH ?=
 PIP_ARGS ?=
 KEEP ?=
 ARGS ?=
+SEEDS ?= 2000
 
 BIN := .venv/bin
 PACKAGES := client cluster decode_worker engine kv_transfer prefill_worker proto router
@@ -21,7 +24,7 @@ GRPCIO_TOOLS := grpcio-tools==1.81.1
 # A virtual path: the stubs import each other as pdserve.proto.
 PROTOC := .venv-proto/bin/python -m grpc_tools.protoc -Ipdserve/proto=proto
 
-.PHONY: setup demo test check proto bench clean
+.PHONY: setup demo test check model-check simulate proto bench clean
 
 setup:
 	@$(PYTHON) tools/install.py --torch "$(TORCH)" -- $(PIP_ARGS)
@@ -42,6 +45,14 @@ check: setup .venv-proto/ready
 	for stub in $(STUBS); do \
 		diff -u "proto/$$stub" "$$fresh/pdserve/proto/$$stub" || { echo "stale stub: run make proto" >&2; exit 1; }; \
 	done
+
+# Every interleaving of the hand-off within small bounds, and every rule taken away in turn.
+model-check: setup
+	PYTHONPATH=tests $(BIN)/python -m modelcheck $(ARGS)
+
+# The cluster's own code on virtual time, with faults; the same seed takes the same course.
+simulate: setup
+	PYTHONPATH=tests $(BIN)/python -m simulation $(SEEDS) $(ARGS)
 
 proto: .venv-proto/ready
 	$(PROTOC) --python_out=typings --pyi_out=typings --grpc_python_out=typings $(PROTOS)

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 import torch
 from _cluster import Row, row
+from _handoff import handoff_rows
 from _links import BLOCK_BYTES, NUM_BYTES, Measured, measure_digest, measure_gloo, measure_shm
 
 
@@ -38,6 +39,7 @@ def rows(turns: int) -> Iterator[Row]:
     received, verified = measure_gloo(turns)
     yield ratio_row("gloo_ratio", received, 0.85, "GlooSink.receive without digests over raw recv of 16 MiB messages")
     yield ratio_row("gloo_verified_ratio", verified, None, "the same with digests")
+    yield from handoff_rows()
 
 
 def ratio_row(name: str, found: Measured, target: float | None, note: str) -> Row:

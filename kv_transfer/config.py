@@ -54,7 +54,7 @@ class KVTransferConfig(BaseModel):
     max_links: int = Field(default=64, ge=1)
     """Open links of one worker; the least recently used idle one makes room."""
     max_message_bytes: int = Field(default=64 << 20, ge=1 << 16)
-    """Largest message, and size of the staging buffer, of a link that stages."""
+    """Upper bound of one message of a link; staging memory is a few of them."""
     quarantine_budget_blocks: int = Field(default=1024, ge=0)
     """A worker with more blocks in quarantine than this, for longer than wires take to fall idle, is to be replaced."""
 

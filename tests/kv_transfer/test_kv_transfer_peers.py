@@ -9,14 +9,17 @@ from typing import Any
 import grpc
 import pytest
 
-from pdserve.kv_transfer.peers import Peers
+from pdserve.kv_transfer.lease import SendKey
+from pdserve.kv_transfer.peers import Peers, Redemption
+from pdserve.proto import wire
 from pdserve.proto import worker_pb2 as pb
 from pdserve.proto import worker_pb2_grpc as rpc
 from pdserve.proto.channels import SERVER_OPTIONS
 from pdserve.proto.errors import StaleReference, WorkerLost
 from pdserve.proto.status import answer
-from pdserve.proto.types import HandoffId, WorkerRef
+from pdserve.proto.types import HandoffId, KVLayout, KVPart, KVTicket, WorkerRef
 
+SOURCE = WorkerRef("p1", 8, "host:1")
 ID = HandoffId("r", 0, 1)
 WAIT_S = 10.0
 
@@ -28,6 +31,8 @@ class Peer(rpc.KVPeerServicer):
         self.generation = generation
         self.asked = asyncio.Event()
         self.may_answer = asyncio.Event()
+        self.offered: list[pb.OfferRequest] = []
+        self.redeemed: list[pb.RedeemRequest] = []
         self.server = grpc.aio.server(options=SERVER_OPTIONS)
         rpc.add_KVPeerServicer_to_server(self, self.server)
         self.port = self.server.add_insecure_port("127.0.0.1:0")
@@ -45,6 +50,17 @@ class Peer(rpc.KVPeerServicer):
             return pb.Ack()
 
         return await answer(context, handle, request)
+
+    async def Offer(self, request: pb.OfferRequest, context: Any) -> pb.Ack:
+        self.offered.append(request)
+        return pb.Ack()
+
+    async def Redeem(self, request: pb.RedeemRequest, context: Any) -> pb.Ack:
+        self.redeemed.append(request)
+        return pb.Ack()
+
+    async def Renew(self, request: pb.RenewRequest, context: Any) -> pb.RenewResponse:
+        return pb.RenewResponse(lost=list(request.ids)[1:])
 
 
 @pytest.fixture
@@ -64,6 +80,35 @@ async def peers() -> AsyncIterator[Peers]:
 
 async def release(peers: Peers, ref: WorkerRef) -> None:
     await peers.release(ref, ID, "redeemed")
+
+
+@pytest.mark.parametrize("first_token", [None, 0, 7])
+async def test_an_offer_carries_its_ticket_and_its_part_whole(
+    peer: Peer, peers: Peers, first_token: int | None
+) -> None:
+    layout = KVLayout("model", "bfloat16", 2, 4, 8, block_size=16)
+    ticket = KVTicket(ID, SOURCE, 40, layout, "xxh3", 12.5, "host", {"shm": "/pool", "gloo": "10.0.0.1"})
+    part = KVPart(1, 2, (5, 3), (2**64 - 1, 0), first_token)
+    await peers.offer(peer.ref, ticket, part)
+    (request,) = peer.offered
+    assert wire.ticket_from_wire(request.ticket) == ticket
+    assert wire.part_from_wire(request.part) == part
+    assert request.target_generation == peer.generation
+    assert part.is_last == (first_token is not None)
+
+
+async def test_a_redemption_names_the_part_the_link_and_both_generations(peer: Peer, peers: Peers) -> None:
+    await peers.redeem(peer.ref, SOURCE, Redemption(ID, SendKey(link_epoch=4, part=1), 2, "gloo", "host:5"))
+    (request,) = peer.redeemed
+    assert wire.handoff_from_wire(request.id) == ID
+    assert wire.ref_from_wire(request.target) == SOURCE
+    assert (request.source_generation, request.link_epoch, request.part, request.first) == (peer.generation, 4, 1, 2)
+    assert (request.link, request.link_address) == ("gloo", "host:5")
+
+
+async def test_a_renewal_tells_which_leases_are_lost(peer: Peer, peers: Peers) -> None:
+    lost = HandoffId("r", 1, 1)
+    assert await peers.renew(peer.ref, [ID, lost]) == [lost]
 
 
 async def test_a_late_word_to_a_former_generation_leaves_calls_to_the_present_one_alone(
