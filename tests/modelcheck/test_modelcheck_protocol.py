@@ -6,7 +6,7 @@ import pytest
 from modelcheck.__main__ import check_mutant
 from modelcheck.mutants import MUTANTS, Mutant
 from modelcheck.search import Exhausted, Search
-from modelcheck.settings import FAST, STANDARD
+from modelcheck.settings import DEEP, FAST, STANDARD
 from modelcheck.vocabulary import Setting
 
 
@@ -48,4 +48,10 @@ def test_a_search_that_cannot_be_exhaustive_says_so() -> None:
 
 
 def test_settings_have_names_of_their_own() -> None:
-    assert len({setting.name for setting in STANDARD}) == len(STANDARD)
+    settings = (*STANDARD, *DEEP)
+    assert len({setting.name for setting in settings}) == len(settings)
+
+
+def test_bounds_are_told_in_words() -> None:
+    told = Setting("any", targets=(1, 2), crashes=2, losses=1, timers=True).bounds()
+    assert told == "2 requests p0-d1+d2, two-sided, 4 blocks, timers, 2 crashes, 1 loss"

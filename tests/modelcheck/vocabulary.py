@@ -66,12 +66,19 @@ class Setting:
 
     def bounds(self) -> str:
         """What the search covers, for people."""
-        counts = zip(self.budget, ("crash", "loss", "duplicate", "cancel", "export failure"), strict=True)
-        faults = [f"{count} {what}" for count, what in counts if count]
-        places = "/".join(f"d{target}" for target in self.targets)
-        requests = f"{self.num_requests} {'attempts' if self.attempts else 'requests'} to {places}"
+        names = ("crash", "loss", "duplicate", "cancel", "failed export")
+        plurals = ("crashes", "losses", "duplicates", "cancels", "failed exports")
+        faults = [
+            f"{count} {plural if count > 1 else name}"
+            for count, name, plural in zip(self.budget, names, plurals, strict=True)
+            if count
+        ]
+        what = ("attempt" if self.attempts else "request") + "s" * (self.num_requests > 1)
+        places = "+".join(f"d{target}" for target in sorted(set(self.targets)))
+        requests = f"{self.num_requests} {what} p0-{places}"
         link = "one-sided" if self.one_sided else "two-sided"
-        return ", ".join([requests, link, "timers" if self.timers else "no timers", *faults])
+        timers = ["timers"] if self.timers else []
+        return ", ".join([requests, link, f"{self.pool_blocks} blocks", *timers, *faults])
 
 
 class Fault(IntEnum):

@@ -173,7 +173,7 @@ class SimWorker:
     def problems(self) -> list[str]:
         """What is left over once nothing should be."""
         pool, requests = self.engine.pool, self.requests
-        found = []
+        found = [] if self._turned.is_set() else ["is still starting"]
         try:
             pool.check_integrity()
         except AssertionError as error:
