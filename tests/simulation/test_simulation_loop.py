@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from random import Random
 
 import grpc
@@ -82,8 +82,10 @@ class Service(pb_grpc.WorkerServicer):
 
 
 @pytest.fixture
-def ground() -> Ground:
-    return Ground()
+def ground() -> Iterator[Ground]:
+    made = Ground()
+    yield made
+    made.loop.finish()
 
 
 @pytest.fixture
