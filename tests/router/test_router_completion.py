@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from router_fakes import failure, tokens
 
-from pdserve.proto.errors import InternalError, Overloaded, WorkerLost
+from pdserve.proto.errors import InternalError, Overloaded, Unavailable, WorkerLost
 from pdserve.proto.types import FinishReason, HandoffId, Phases, SequenceEvent
 from pdserve.router.completion import Completion
 
@@ -168,3 +169,17 @@ def test_a_stage_that_nobody_told_of_or_that_it_never_went_through_is_not_there(
     mixed = Completion("m", "m", 10)
     mixed.accept("m", event(0, 0, 1, phases=Phases(prefill_s=2.0, decode_s=3.0), finish_reason=FinishReason.STOP))
     assert mixed.stages_s(1.0) == {"queue": 0.0, "prefill": 2.0, "decode": 3.0}
+
+
+@pytest.mark.parametrize("kind", ["StaleReference", "LayoutMismatch", "WrongRole"])
+def test_what_workers_refuse_each_other_is_no_fault_of_the_client(kind: str) -> None:
+    completion = split()
+    completion.accept("d", failure(ID, 1, kind, "is not expected here"))
+    assert type(completion.error) is Unavailable
+    assert completion.error.message == "worker d refused: is not expected here"
+
+
+def test_a_duplicate_between_workers_is_our_own_bug() -> None:
+    completion = split()
+    completion.accept("d", failure(ID, 1, "DuplicateRequest"))
+    assert isinstance(completion.error, InternalError)
