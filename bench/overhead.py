@@ -29,6 +29,7 @@ from _cluster import VOCAB_SIZE, Row, cluster, row, save_60m_model, stream
 from pdserve.client import AsyncClient
 from pdserve.engine.config import EngineConfig
 from pdserve.engine.engine import Engine, build_engine
+from pdserve.engine.host_memory import keep_freed_memory
 from pdserve.engine.sequence import Sequence
 from pdserve.proto.types import HandoffId, SamplingParams, WorkerRequest
 
@@ -148,6 +149,7 @@ def engine_alone(model: Path) -> Iterator[EngineAlone]:
 def serve_engine(model: Path) -> None:
     """Answer batches from stdin until it ends."""
     torch.set_num_threads(1)
+    keep_freed_memory()
     engine = build_engine(model, EngineConfig(kv_cache_memory_bytes=128 << 20))
     for line in sys.stdin:
         batch, max_tokens, core = json.loads(line)

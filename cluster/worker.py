@@ -24,6 +24,7 @@ from pdserve.cluster.worker_server import WorkerServer
 from pdserve.cluster.worker_spec import WorkerSpec
 from pdserve.decode_worker.role import DecodeRole
 from pdserve.engine.engine import Engine, build_engine
+from pdserve.engine.host_memory import keep_freed_memory
 from pdserve.engine.loop import EngineLoop, Turn
 from pdserve.engine.metrics import EngineMetrics
 from pdserve.engine.model import resolve_device
@@ -74,6 +75,7 @@ class Worker:
         device_type = "cuda" if spec.engine.device == "cuda" else "cpu"
         config = spec.engine.model_copy(update={"device": device_type})
         device = resolve_device(config)
+        keep_freed_memory()
         memory: WorkerMemory = HostMemory(spec.kv_transfer)
         if device.type == "cuda":
             if "nccl" in spec.kv_transfer.links:
@@ -159,8 +161,8 @@ class Worker:
         self._loop.call_soon_threadsafe(guarded)
 
     def _on_turn(self, turn: Turn) -> None:
+        self.requests.turn_ended(turn)  # first: somebody waits for what it says
         self._metrics.observe(turn)
-        self.requests.turn_ended(turn)
         self._turned.set()
 
     def _on_crash(self, error: BaseException) -> None:
@@ -226,7 +228,6 @@ class Worker:
             layout=info.layout,
             timeouts=self._spec.kv_transfer.timeouts,
             loop=self._engine_loop,
-            call_soon=self._call_soon,
             receiver=self._links,
             peers=self._peers,
             metrics=HandoffMetrics(self._spec.worker_id, self._metrics.registry),

@@ -17,7 +17,7 @@ from pdserve.kv_transfer.digest import KEYED, Digester
 from pdserve.kv_transfer.export import Export
 from pdserve.kv_transfer.landing import Landings
 from pdserve.kv_transfer.lease import SendKey, StartSend
-from pdserve.kv_transfer.link import Deadline, LinkSink, LinkSource, Transfer
+from pdserve.kv_transfer.link import INLINE_BYTES, Deadline, LinkSink, LinkSource, Transfer
 from pdserve.kv_transfer.links import LinkKey, LinkTable
 from pdserve.kv_transfer.peers import Peers, Redemption
 from pdserve.kv_transfer.plan import ONE_SIDED, Reach, choose_link
@@ -51,6 +51,7 @@ class WorkerLinks:
         # the target evicts.
         self._sources: LinkTable[LinkSource] = LinkTable(sys.maxsize)
         self._threads = ThreadPoolExecutor(MAX_TRANSFERS, thread_name_prefix="transfer")
+        self._num_receiving = 0  # in the threads
         self._loop = asyncio.get_running_loop()
 
     def close(self) -> None:
@@ -64,6 +65,16 @@ class WorkerLinks:
         self._sinks.drop_peer(worker_id, generation)
         self._sources.drop_peer(worker_id, generation)
 
+    def receive_now(self, fetch: FetchPart) -> str | None:
+        """`receive`, where that waits for nobody and takes less than a thread's waking; else `None`."""
+        kind = self._kind(fetch)
+        num_bytes = (len(fetch.part.block_ids) - fetch.first) * fetch.ticket.layout.block_bytes
+        is_quick = kind in ONE_SIDED and num_bytes <= INLINE_BYTES
+        if not is_quick or self._num_receiving or not self._sinks.is_idle(_link_key(kind, fetch)):
+            return None
+        self._receive(kind, fetch)
+        return kind
+
     async def receive(self, fetch: FetchPart) -> str:
         """Fetch a part's blocks into ours and verify them; the kind of link it took.
 
@@ -71,21 +82,29 @@ class WorkerLinks:
             TransferFailed, StaleReference, LayoutMismatch: they did not arrive; nothing is written any more.
             CorruptKV: they are not what was offered.
         """
-        ours = Reach(self._info.host_id, frozenset(self._info.link_address))
-        theirs = Reach(fetch.ticket.host_id, frozenset(fetch.ticket.link_address))
-        kind = choose_link(self._config.links, ours, theirs).kind
-        await self._loop.run_in_executor(self._threads, self._receive, kind, fetch)
+        kind = self._kind(fetch)
+        self._num_receiving += 1
+        try:
+            await self._loop.run_in_executor(self._threads, self._receive, kind, fetch)
+        finally:
+            self._num_receiving -= 1
         return kind
 
     async def send(self, start: StartSend, kind: str, address: str) -> None:
         """Send blocks of ours on the link that the target asked for; our memory is not read any more on return."""
         await self._loop.run_in_executor(self._threads, self._send, start, kind, address)
 
+    def _kind(self, fetch: FetchPart) -> str:
+        """Of the link to take. Raises `LayoutMismatch` if there is none."""
+        ours = Reach(self._info.host_id, frozenset(self._info.link_address))
+        theirs = Reach(fetch.ticket.host_id, frozenset(fetch.ticket.link_address))
+        return choose_link(self._config.links, ours, theirs).kind
+
     def _receive(self, kind: str, fetch: FetchPart) -> None:
-        """In a transfer thread."""
+        """In a transfer thread, or in the loop if it waits for nobody."""
         deadline = Deadline(self._config.transfer_timeout_s)
         ticket, part = fetch.ticket, fetch.part
-        key = LinkKey(ticket.source.worker_id, ticket.source.generation, kind)
+        key = _link_key(kind, fetch)
         source_block_ids, digests = part.block_ids[fetch.first :], part.block_digests[fetch.first :]
         first = part.first_block + fetch.first
         key_bytes = self._config.digest_key_bytes
@@ -137,6 +156,10 @@ class WorkerLinks:
         with self._sources.use(key, open_source, deadline.left_s(), start.key.link_epoch) as (link, _):
             transfer = _transfer(start.id, start.key, len(start.block_ids), layout)
             link.send(transfer, start.block_ids, deadline.left_s())
+
+
+def _link_key(kind: str, fetch: FetchPart) -> LinkKey:
+    return LinkKey(fetch.ticket.source.worker_id, fetch.ticket.source.generation, kind)
 
 
 def _transfer(id: HandoffId, key: SendKey, num_blocks: int, layout: KVLayout) -> Transfer:

@@ -17,7 +17,8 @@ from pdserve.proto import wire
 from pdserve.proto import worker_pb2 as pb
 from pdserve.proto import worker_pb2_grpc as pb_grpc
 from pdserve.proto.channels import SERVER_OPTIONS
-from pdserve.proto.status import answer
+from pdserve.proto.errors import InvalidRequest
+from pdserve.proto.status import answer, as_typed
 
 ACK = pb.Ack()
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -84,40 +85,38 @@ class WorkerServices(pb_grpc.WorkerServicer, pb_grpc.KVPeerServicer):
 
     # pdserve.internal.v1.KVPeer
 
-    async def Offer(self, request: pb.OfferRequest, context: Context) -> pb.Ack:
-        async def handle(message: pb.OfferRequest) -> pb.Ack:
-            self._requests.require_generation(message.target_generation)
-            self._requests.require_decode().offer(
-                wire.ticket_from_wire(message.ticket), wire.part_from_wire(message.part)
-            )
-            return ACK
+    async def Ask(self, requests: AsyncIterator[pb.PeerRequest], context: Context) -> AsyncIterator[pb.PeerReply]:
+        """One reply for each request, in order, while the call lives."""
+        async for request in requests:
+            try:
+                reply = self._reply(request)
+            except Exception as error:
+                failure = as_typed(error)
+                reply = pb.PeerReply(error=pb.WireError(kind=type(failure).__name__, message=failure.message))
+            reply.number = request.number
+            yield reply
 
-        return await answer(context, handle, request)
-
-    async def Redeem(self, request: pb.RedeemRequest, context: Context) -> pb.Ack:
-        async def handle(message: pb.RedeemRequest) -> pb.Ack:
-            self._requests.require_generation(message.source_generation)
-            key = SendKey(message.link_epoch, message.part)
-            redemption = Redemption(
-                wire.handoff_from_wire(message.id), key, message.first, message.link, message.link_address
-            )
-            self._requests.require_prefill().redeem(wire.ref_from_wire(message.target), redemption)
-            return ACK
-
-        return await answer(context, handle, request)
-
-    async def Renew(self, request: pb.RenewRequest, context: Context) -> pb.RenewResponse:
-        async def handle(message: pb.RenewRequest) -> pb.RenewResponse:
-            self._requests.require_generation(message.source_generation)
-            lost = self._requests.require_prefill().renew([wire.handoff_from_wire(one) for one in message.ids])
-            return pb.RenewResponse(lost=[wire.handoff_to_wire(handoff) for handoff in lost])
-
-        return await answer(context, handle, request)
-
-    async def Release(self, request: pb.ReleaseRequest, context: Context) -> pb.Ack:
-        async def handle(message: pb.ReleaseRequest) -> pb.Ack:
-            self._requests.require_generation(message.source_generation)
-            self._requests.require_prefill().release(wire.handoff_from_wire(message.id), message.outcome)
-            return ACK
-
-        return await answer(context, handle, request)
+    def _reply(self, request: pb.PeerRequest) -> pb.PeerReply:
+        requests = self._requests
+        match request.WhichOneof("request"):
+            case "offer":
+                offer = request.offer
+                requests.require_generation(offer.target_generation)
+                requests.require_decode().offer(wire.ticket_from_wire(offer.ticket), wire.part_from_wire(offer.part))
+            case "redeem":
+                redeem = request.redeem
+                requests.require_generation(redeem.source_generation)
+                id, key = wire.handoff_from_wire(redeem.id), SendKey(redeem.link_epoch, redeem.part)
+                redemption = Redemption(id, key, redeem.first, redeem.link, redeem.link_address)
+                requests.require_prefill().redeem(wire.ref_from_wire(redeem.target), redemption)
+            case "renew":
+                requests.require_generation(request.renew.source_generation)
+                lost = requests.require_prefill().renew([wire.handoff_from_wire(one) for one in request.renew.ids])
+                return pb.PeerReply(lost=[wire.handoff_to_wire(handoff) for handoff in lost])
+            case "release":
+                release = request.release
+                requests.require_generation(release.source_generation)
+                requests.require_prefill().release(wire.handoff_from_wire(release.id), release.outcome)
+            case _:
+                raise InvalidRequest("request", "of a kind that is unknown here: run one version on both workers")
+        return pb.PeerReply()

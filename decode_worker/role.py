@@ -50,6 +50,9 @@ ENDED_BY_THE_CLIENT = frozenset({"RequestCancelled", "DeadlineExceeded"})
 class Receiver(Protocol):
     """Fetches and verifies a part's blocks over the best link; the kind of link it took."""
 
+    def receive_now(self, fetch: FetchPart) -> str | None:
+        """Only if that takes next to no time; `None` means: `receive` it."""
+
     async def receive(self, fetch: FetchPart) -> str: ...
 
 
@@ -61,7 +64,6 @@ class DecodeRole:
         layout: KVLayout,
         timeouts: Timeouts,
         loop: EngineLoop,
-        call_soon: Callable[..., object],
         receiver: Receiver,
         peers: Peers,
         metrics: HandoffMetrics,
@@ -70,7 +72,6 @@ class DecodeRole:
     ) -> None:
         self._layout = layout
         self._loop = loop
-        self._call_soon = call_soon
         self._receiver = receiver
         self._peers = peers
         self._metrics = metrics
@@ -79,7 +80,7 @@ class DecodeRole:
         self._table = ReservationTable(layout, timeouts)
         self._requests: dict[HandoffId, WorkerRequest] = {}
         self._timelines: dict[HandoffId, Timeline] = {}
-        self._room_blocks = 0
+        self._wanted_blocks = 0  # by running sequences and the queue's head, soon
 
     def expect(self, request: WorkerRequest, source: WorkerRef) -> None:
         """Reserve room for the prompt's KV, which `source` will offer.
@@ -116,8 +117,7 @@ class DecodeRole:
         self._offer_room()
 
     def turn_ended(self, turn: Turn) -> None:
-        """Room is what is free, less what running sequences and the queue's head are about to need."""
-        self._room_blocks = turn.pool.free - turn.wanted_blocks - turn.num_running
+        self._wanted_blocks = turn.wanted_blocks + turn.num_running
         self._offer_room()
 
     def abort(self, handoff: HandoffId, reason: str) -> None:
@@ -143,7 +143,8 @@ class DecodeRole:
             self._spawn(self._renew(source, handoffs))
 
     def _offer_room(self) -> None:
-        self._carry_out(self._table.on_room(self._room_blocks, now()))
+        num_free = self._loop.ask(lambda engine: engine.pool.num_free)
+        self._carry_out(self._table.on_room(num_free - self._wanted_blocks, now()))
 
     def _carry_out(self, effects: Effects) -> None:
         for effect in effects:
@@ -151,7 +152,7 @@ class DecodeRole:
                 case TakeBlocks(id=handoff, num_blocks=num_blocks):
                     self._take(handoff, num_blocks)
                 case FetchPart():
-                    self._spawn(self._fetch(effect))
+                    self._fetch(effect)
                 case Admit():
                     self._admit(effect)
                 case Fail(id=handoff, kind=kind, message=message):
@@ -183,43 +184,56 @@ class DecodeRole:
         unit_tokens = math.lcm(self._layout.block_size, ticket.layout.block_size)
         prompt = prompt[: len(prompt) // unit_tokens * unit_tokens]
 
-        def command(engine: Engine) -> None:
+        def take(engine: Engine) -> tuple[list[int], list[int]] | None:
             held = engine.hold_prefix(prompt)
             surplus = len(held) % (unit_tokens // self._layout.block_size)
             if surplus:
                 engine.pool.release(held[-surplus:], BlockState.RUNNING)
                 held = held[:-surplus]
             if engine.pool.can_take(num_blocks - len(held)):
-                taken = engine.pool.take(num_blocks - len(held), BlockState.RECEIVING)
-                self._call_soon(self._blocks_taken, handoff, (*held, *taken), len(held))
-            else:
-                engine.pool.release(held, BlockState.RUNNING)
-                self._call_soon(self._blocks_refused, handoff)
+                return held, engine.pool.take(num_blocks - len(held), BlockState.RECEIVING)
+            engine.pool.release(held, BlockState.RUNNING)
+            return None
 
-        self._loop.post(command)
+        blocks = self._loop.ask(take)
+        if blocks is None:
+            self._carry_out(self._table.blocks_refused(handoff, now()))
+        else:
+            held, taken = blocks
+            self._carry_out(self._table.blocks_taken(handoff, (*held, *taken), len(held), now()))
 
-    def _blocks_taken(self, handoff: HandoffId, block_ids: tuple[int, ...], num_held: int) -> None:
-        self._carry_out(self._table.blocks_taken(handoff, block_ids, num_held, now()))
-
-    def _blocks_refused(self, handoff: HandoffId) -> None:
-        self._carry_out(self._table.blocks_refused(handoff, now()))
-
-    async def _fetch(self, fetch: FetchPart) -> None:
-        """Move a part's bytes and check them. The wire is idle when this reports, whatever happened."""
+    def _fetch(self, fetch: FetchPart) -> None:
+        """Move a part's bytes and check them: at once if they are few, so that nobody has to be woken."""
         started_s = now()
         if fetch.id in self._timelines:
             self._timelines[fetch.id].started(started_s)
-        failure: PdserveError | None = None
         try:
-            link = await self._receiver.receive(fetch)
-            num_blocks = len(fetch.part.block_ids) - fetch.first
-            num_bytes = num_blocks * fetch.ticket.layout.block_bytes
-            self._metrics.moved(link, num_bytes, now() - started_s)
+            link = self._receiver.receive_now(fetch)
         except Exception as error:
-            failure = as_typed(error)
-            self._metrics.pull_failed(type(failure).__name__)
-            logger.warning("hand-off %s: part %d: %s", fetch.id, fetch.part.index, failure.message)
-        kind, message = ("", "") if failure is None else (type(failure).__name__, failure.message)
+            self._fetch_ended(fetch, started_s, as_typed(error))
+            return
+        if link is None:
+            self._spawn(self._receive(fetch, started_s))
+        else:
+            self._fetch_ended(fetch, started_s, link)
+
+    async def _receive(self, fetch: FetchPart, started_s: float) -> None:
+        try:
+            outcome: str | PdserveError = await self._receiver.receive(fetch)
+        except Exception as error:
+            outcome = as_typed(error)
+        self._fetch_ended(fetch, started_s, outcome)
+
+    def _fetch_ended(self, fetch: FetchPart, started_s: float, outcome: str | PdserveError) -> None:
+        """The part came over the link of this kind, or did not come; its wire is idle, whatever happened."""
+        kind = message = ""
+        if isinstance(outcome, PdserveError):
+            kind, message = type(outcome).__name__, outcome.message
+            self._metrics.pull_failed(kind)
+            logger.warning("hand-off %s: part %d: %s", fetch.id, fetch.part.index, message)
+        else:
+            num_bytes = (len(fetch.part.block_ids) - fetch.first) * fetch.ticket.layout.block_bytes
+            self._metrics.moved(outcome, num_bytes, now() - started_s)
         self._carry_out(self._table.part_ended(fetch.id, fetch.part.index, now(), kind, message))
 
     def _admit(self, admit: Admit) -> None:

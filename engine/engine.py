@@ -1,12 +1,13 @@
 """The engine: plan, run, sample, commit.
 
 Composes the scheduler (what), the runner (compute) and sampling (choose); owns none of their decisions. Used from
-one thread.
+one thread, but that others may touch the pool while a step computes: see `books`.
 Knows nothing of requests' origin, of links or of deadlines: sequences come in, tokens come out.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
@@ -49,11 +50,16 @@ class StepResult:
 
 
 class Engine:
-    """Runs sequences over one pool. `pool` owns the states of `cache`'s blocks."""
+    """Runs sequences over one pool. `pool` owns the states of `cache`'s blocks.
+
+    `books` is held while a step is planned and while it is booked, not while it is computed. Who holds it may take
+    blocks that nobody has and hold what is cached, from any thread; all else is for the engine's own.
+    """
 
     def __init__(self, config: EngineConfig, loaded: LoadedModel, cache: KVCache, pool: BlockPool) -> None:
         assert cache.num_blocks == pool.num_blocks
         assert cache.layout == loaded.layout
+        self.books = threading.Lock()
         self.config = config
         self.loaded = loaded
         self.cache = cache
@@ -91,13 +97,15 @@ class Engine:
     def step(self, now: Callable[[], float]) -> StepResult:
         """Compute one step. `now` is the clock, in seconds."""
         started_s = now()
-        plan = self.scheduler.schedule(started_s)
+        with self.books:
+            plan = self.scheduler.schedule(started_s)
         done = Committed()
         if plan.scheduled:
             logits = self._runner.run(plan)  # [num_sampled, vocab]
             sampled = sample(logits, plan.sampled)
-            self._scrub(plan.sampled, sampled)
-            done = self.scheduler.commit(plan, sampled, now())
+            with self.books:
+                self._scrub(plan.sampled, sampled)
+                done = self.scheduler.commit(plan, sampled, now())
         num_tokens, num_decode_tokens = plan.num_tokens, plan.num_decode_tokens
         return StepResult(
             sequences=done.steps,

@@ -1,8 +1,8 @@
 """The engine's own thread: run commands, take a step, publish, sleep until there is something to do.
 
-Everything the engine owns (scheduler, block pool, sequences) is touched in this thread only. Others hand in
-commands; what happened is published through one callback, once per turn of the loop. Knows nothing of asyncio,
-gRPC or hand-offs: the callback and the commands bring those.
+Everything the engine owns (scheduler, block pool, sequences) is touched in this thread only, but for blocks that others
+take at once (`ask`). Others hand in commands; what happened is published through one callback, once per turn of the
+loop. Knows nothing of asyncio, gRPC or hand-offs: the callback and the commands bring those.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
-from pdserve.engine.block_pool import BlockState
+from pdserve.engine.block_pool import BlockPool, BlockState
 from pdserve.engine.engine import Engine, StepResult
 
 Command = Callable[[Engine], object]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,15 @@ class EngineLoop:
         self._commands.append(command)
         self._wake.set()
 
+    def ask(self, question: Callable[[Engine], T]) -> T:
+        """The answer at once, in the calling thread: a step that computes is not waited for.
+
+        It may look at the pool, take blocks that nobody has, hold what is cached and let go of that again. All else
+        that gives blocks back or touches sequences is for `post`: the step may be using them.
+        """
+        with self._engine.books:
+            return question(self._engine)
+
     def _run(self) -> None:
         try:
             while not self._stopping:
@@ -95,8 +106,9 @@ class EngineLoop:
         A step that could run nothing waits for blocks that are held outside: they come back by a command.
         """
         commanded = bool(self._commands)
-        while self._commands:
-            self._commands.popleft()(self._engine)
+        with self._engine.books:
+            while self._commands:
+                self._commands.popleft()(self._engine)
         step = self._engine.step(time.monotonic) if self._engine.has_work else None
         if step is not None:
             self._num_steps += 1
@@ -107,16 +119,8 @@ class EngineLoop:
 
     def _snapshot(self, step: StepResult | None) -> Turn:
         pool, scheduler = self._engine.pool, self._engine.scheduler
-        counts = PoolCounts(
-            total=pool.num_blocks,
-            free=pool.num_free,
-            cached=pool.num_cached,
-            running=pool.count(BlockState.RUNNING),
-            leased=pool.count(BlockState.LEASED),
-            receiving=pool.count(BlockState.RECEIVING),
-            quarantined=pool.count(BlockState.QUARANTINED),
-            reserved=pool.num_reserved,
-        )
+        with self._engine.books:
+            counts = _count(pool)
         return Turn(
             step=step,
             pool=counts,
@@ -127,3 +131,16 @@ class EngineLoop:
             num_steps=self._num_steps,
             num_preemptions=self._num_preemptions,
         )
+
+
+def _count(pool: BlockPool) -> PoolCounts:
+    return PoolCounts(
+        total=pool.num_blocks,
+        free=pool.num_free,
+        cached=pool.num_cached,
+        running=pool.count(BlockState.RUNNING),
+        leased=pool.count(BlockState.LEASED),
+        receiving=pool.count(BlockState.RECEIVING),
+        quarantined=pool.count(BlockState.QUARANTINED),
+        reserved=pool.num_reserved,
+    )

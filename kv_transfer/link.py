@@ -30,6 +30,9 @@ VERSION = 2
 _HEADER = struct.Struct("<8sIIIQQQQ")  # magic, version, part, num_blocks, block_bytes, layout, link epoch, hand-off
 HEADER_BYTES = _HEADER.size
 
+INLINE_BYTES = 1 << 20
+"""Copying or digesting this much takes less time than handing it to another thread and hearing back."""
+
 Bytes = npt.NDArray[np.uint8]
 
 

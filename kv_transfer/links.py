@@ -64,6 +64,12 @@ class LinkTable(Generic[L]):
         with self._changed:
             return len(self._entries)
 
+    def is_idle(self, key: LinkKey) -> bool:
+        """Whether it is open and nobody uses it: who uses it now need not wait."""
+        with self._changed:
+            entry = self._entries.get(key)
+            return entry is not None and not entry.is_busy
+
     def next_epoch(self) -> int:
         """An epoch newer than any before; for the side that mints them."""
         return next(self._epochs)

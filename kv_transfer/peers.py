@@ -1,16 +1,16 @@
-"""Control calls from one worker to another: offer, redeem, renew, release. KV bytes travel over links, not here.
+"""Control messages from one worker to another: offer, redeem, renew, release. KV bytes travel over links, not here.
 
 One gRPC channel for each peer process, kept until somebody says that the process is gone: a late word to a former
-generation disturbs nothing that goes to the present one. Every call has a deadline, and every failure comes back as one
-of our errors. Knows nothing of what the calls mean.
+generation disturbs nothing that goes to the present one. On it one stream, opened again when it broke. Every request
+has a deadline, and every failure comes back as one of our errors. Knows nothing of what the requests mean.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import grpc
 
@@ -19,8 +19,7 @@ from pdserve.proto import wire
 from pdserve.proto import worker_pb2 as pb
 from pdserve.proto import worker_pb2_grpc as pb_grpc
 from pdserve.proto.channels import OpenChannel, open_channel
-from pdserve.proto.errors import WorkerLost
-from pdserve.proto.status import error_from_call
+from pdserve.proto.errors import WorkerLost, rebuild
 from pdserve.proto.types import HandoffId, KVPart, KVTicket, WorkerRef
 
 
@@ -42,16 +41,17 @@ class Peers:
         self._timeout_s = timeout_s
         self._open_channel = open_channel
         self._channels: dict[WorkerRef, grpc.aio.Channel] = {}
+        self._streams: dict[WorkerRef, _Stream] = {}
         self._gone: set[tuple[str, int]] = set()
 
     async def offer(self, target: WorkerRef, ticket: KVTicket, part: KVPart) -> None:
-        request = pb.OfferRequest(
+        offer = pb.OfferRequest(
             ticket=wire.ticket_to_wire(ticket), part=wire.part_to_wire(part), target_generation=target.generation
         )
-        await self._call(target, "Offer", request)
+        await self._ask(target, pb.PeerRequest(offer=offer))
 
     async def redeem(self, source: WorkerRef, me: WorkerRef, redemption: Redemption) -> None:
-        request = pb.RedeemRequest(
+        redeem = pb.RedeemRequest(
             id=wire.handoff_to_wire(redemption.id),
             target=wire.ref_to_wire(me),
             source_generation=source.generation,
@@ -61,47 +61,111 @@ class Peers:
             link_epoch=redemption.key.link_epoch,
             link_address=redemption.link_address,
         )
-        await self._call(source, "Redeem", request)
+        await self._ask(source, pb.PeerRequest(redeem=redeem))
 
     async def renew(self, source: WorkerRef, handoffs: Sequence[HandoffId]) -> list[HandoffId]:
         """Keep the leases; those that are lost already."""
         ids = [wire.handoff_to_wire(handoff) for handoff in handoffs]
-        reply = await self._call(source, "Renew", pb.RenewRequest(ids=ids, source_generation=source.generation))
+        renew = pb.RenewRequest(ids=ids, source_generation=source.generation)
+        reply = await self._ask(source, pb.PeerRequest(renew=renew))
         return [wire.handoff_from_wire(message) for message in reply.lost]
 
     async def release(self, source: WorkerRef, handoff: HandoffId, outcome: str) -> None:
-        request = pb.ReleaseRequest(
+        release = pb.ReleaseRequest(
             id=wire.handoff_to_wire(handoff), source_generation=source.generation, outcome=outcome
         )
-        await self._call(source, "Release", request)
+        await self._ask(source, pb.PeerRequest(release=release))
 
     async def drop(self, worker_id: str, generation: int) -> None:
-        """The process is gone: calls to it that are under way, and any later ones, end with WorkerLost."""
+        """The process is gone: requests to it that are under way, and any later ones, end with WorkerLost."""
         self._gone.add((worker_id, generation))
         for ref in [ref for ref in self._channels if (ref.worker_id, ref.generation) == (worker_id, generation)]:
-            await self._channels.pop(ref).close()
+            await self._close(ref)
 
     async def close(self) -> None:
-        for channel in self._channels.values():
-            await channel.close()
-        self._channels.clear()
+        for ref in list(self._channels):
+            await self._close(ref)
 
-    async def _call(self, peer: WorkerRef, method: str, request: Any) -> Any:
-        stub = pb_grpc.KVPeerStub(self._channel(peer))
-        try:
-            return await getattr(stub, method)(request, timeout=self._timeout_s)
-        except grpc.aio.AioRpcError as error:
-            raise error_from_call(error, peer.worker_id) from error
-        except (grpc.aio.UsageError, asyncio.CancelledError) as error:
-            # What closing the channel does to its calls. A cancellation of the calling task goes on.
-            task = asyncio.current_task()
-            if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
-                raise
-            raise WorkerLost(f"{peer.worker_id} is gone") from error
+    async def _close(self, peer: WorkerRef) -> None:
+        stream = self._streams.pop(peer, None)
+        if stream is not None:
+            stream.end(f"{peer.worker_id} is gone")
+        await self._channels.pop(peer).close()
 
-    def _channel(self, peer: WorkerRef) -> grpc.aio.Channel:
+    async def _ask(self, peer: WorkerRef, request: pb.PeerRequest) -> pb.PeerReply:
+        reply = await self._stream(peer).ask(request, self._timeout_s)
+        if reply.HasField("error"):
+            raise rebuild(reply.error.kind, reply.error.message)
+        return reply
+
+    def _stream(self, peer: WorkerRef) -> _Stream:
+        """The one that is open, or a new one."""
         if (peer.worker_id, peer.generation) in self._gone:
             raise WorkerLost(f"{peer.worker_id} is gone")
         if peer not in self._channels:
             self._channels[peer] = self._open_channel(peer.address)
-        return self._channels[peer]
+        if peer not in self._streams or not self._streams[peer].is_open:
+            self._streams[peer] = _Stream(peer.worker_id, self._channels[peer])
+        return self._streams[peer]
+
+
+class _Stream:
+    """One stream of requests, and who waits for which reply. Broken once, it stays so."""
+
+    def __init__(self, who: str, channel: grpc.aio.Channel) -> None:
+        self.is_open = True
+        self._who = who
+        self._call = pb_grpc.KVPeerStub(channel).Ask()
+        self._numbers = itertools.count()
+        self._waiting: dict[int, asyncio.Future[pb.PeerReply]] = {}
+        self._turn_to_write = asyncio.Lock()
+        self._reader = asyncio.create_task(self._read())
+
+    async def ask(self, request: pb.PeerRequest, timeout_s: float) -> pb.PeerReply:
+        """The reply. Raises `WorkerLost` if there is none."""
+        number = request.number = next(self._numbers)
+        reply: asyncio.Future[pb.PeerReply] = asyncio.get_running_loop().create_future()
+        self._waiting[number] = reply
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._write(request)
+                return await reply
+        except TimeoutError as error:
+            raise WorkerLost(f"{self._who} did not answer in time") from error
+        finally:
+            self._waiting.pop(number, None)
+            reply.cancel()
+
+    def end(self, why: str) -> None:
+        """Nobody is answered any more."""
+        if not self.is_open:
+            return
+        self.is_open = False
+        for reply in self._waiting.values():
+            if not reply.done():
+                reply.set_exception(WorkerLost(why))
+        self._call.cancel()
+
+    async def _write(self, request: pb.PeerRequest) -> None:
+        """A stream that breaks meanwhile fails the reply, not the writing. Cancelling a write breaks the stream."""
+        async with self._turn_to_write:
+            try:
+                await self._call.write(request)
+            except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                pass
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if task is not None and task.cancelling():
+                    raise
+
+    async def _read(self) -> None:
+        why = f"{self._who} ended the conversation"
+        try:
+            async for reply in self._call:
+                waiting = self._waiting.get(reply.number)
+                if waiting is not None and not waiting.done():
+                    waiting.set_result(reply)
+        except grpc.aio.AioRpcError as error:
+            why = f"{self._who} did not answer ({error.code().name})"
+        finally:
+            self.end(why)

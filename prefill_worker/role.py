@@ -34,6 +34,7 @@ from pdserve.kv_transfer.lease import (
     StopPrefill,
 )
 from pdserve.kv_transfer.leases import LeaseTable
+from pdserve.kv_transfer.link import INLINE_BYTES
 from pdserve.kv_transfer.peers import Peers, Redemption
 from pdserve.proto.clock import now
 from pdserve.proto.errors import PdserveError, WorkerLost, rebuild
@@ -155,7 +156,7 @@ class PrefillRole:
     async def _offer(self, offer: SendOffer) -> None:
         failure: PdserveError | None = None
         try:
-            digests = await asyncio.to_thread(self._prepare, offer)
+            digests = await self._digest(offer)
             if not self._leases.is_offering(offer.id, offer.part):
                 return  # it ended meanwhile: these may be digests of another's KV, and must not vouch for it
             await self._peers.offer(offer.target, self._ticket(offer), _part(offer, digests))
@@ -167,8 +168,13 @@ class PrefillRole:
         now_s = now()
         self._carry_out(self._leases.offer_ended(offer.id, offer.part, now_s, kind, message, is_transient))
 
+    async def _digest(self, offer: SendOffer) -> tuple[int, ...]:
+        """Digests of the part's blocks, ready to be read: beside the next chunk's computation, unless they are few."""
+        if len(offer.block_ids) * self._export.layout.block_bytes <= INLINE_BYTES:
+            return self._prepare(offer)
+        return await asyncio.to_thread(self._prepare, offer)
+
     def _prepare(self, offer: SendOffer) -> tuple[int, ...]:
-        """In a thread, beside the next chunk's computation: digests of the part's blocks, ready to be read."""
         self._export.prepare(offer.block_ids)
         layout_hash = self._export.layout.hash64()
         return self._digester.digests(offer.id, layout_hash, offer.first_block, self._export.blocks, offer.block_ids)

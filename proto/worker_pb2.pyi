@@ -351,12 +351,6 @@ class RenewRequest(_message.Message):
     source_generation: int
     def __init__(self, ids: _Optional[_Iterable[_Union[HandoffId, _Mapping]]] = ..., source_generation: _Optional[int] = ...) -> None: ...
 
-class RenewResponse(_message.Message):
-    __slots__ = ("lost",)
-    LOST_FIELD_NUMBER: _ClassVar[int]
-    lost: _containers.RepeatedCompositeFieldContainer[HandoffId]
-    def __init__(self, lost: _Optional[_Iterable[_Union[HandoffId, _Mapping]]] = ...) -> None: ...
-
 class ReleaseRequest(_message.Message):
     __slots__ = ("id", "source_generation", "outcome")
     ID_FIELD_NUMBER: _ClassVar[int]
@@ -366,6 +360,30 @@ class ReleaseRequest(_message.Message):
     source_generation: int
     outcome: str
     def __init__(self, id: _Optional[_Union[HandoffId, _Mapping]] = ..., source_generation: _Optional[int] = ..., outcome: _Optional[str] = ...) -> None: ...
+
+class PeerRequest(_message.Message):
+    __slots__ = ("number", "offer", "redeem", "renew", "release")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    OFFER_FIELD_NUMBER: _ClassVar[int]
+    REDEEM_FIELD_NUMBER: _ClassVar[int]
+    RENEW_FIELD_NUMBER: _ClassVar[int]
+    RELEASE_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    offer: OfferRequest
+    redeem: RedeemRequest
+    renew: RenewRequest
+    release: ReleaseRequest
+    def __init__(self, number: _Optional[int] = ..., offer: _Optional[_Union[OfferRequest, _Mapping]] = ..., redeem: _Optional[_Union[RedeemRequest, _Mapping]] = ..., renew: _Optional[_Union[RenewRequest, _Mapping]] = ..., release: _Optional[_Union[ReleaseRequest, _Mapping]] = ...) -> None: ...
+
+class PeerReply(_message.Message):
+    __slots__ = ("number", "error", "lost")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    LOST_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    error: WireError
+    lost: _containers.RepeatedCompositeFieldContainer[HandoffId]
+    def __init__(self, number: _Optional[int] = ..., error: _Optional[_Union[WireError, _Mapping]] = ..., lost: _Optional[_Iterable[_Union[HandoffId, _Mapping]]] = ...) -> None: ...
 
 class FleetMember(_message.Message):
     __slots__ = ("info", "state", "detail")

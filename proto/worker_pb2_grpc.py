@@ -270,7 +270,8 @@ class Worker:
 
 
 class KVPeerStub:
-    """Missing associated documentation comment in .proto file."""
+    """One stream for each worker that asks, open as long as both live: a message on it takes half the time of a call.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -278,55 +279,19 @@ class KVPeerStub:
         Args:
             channel: A grpc.Channel.
         """
-        self.Offer = channel.unary_unary(
-                '/pdserve.internal.v1.KVPeer/Offer',
-                request_serializer=pdserve_dot_proto_dot_worker__pb2.OfferRequest.SerializeToString,
-                response_deserializer=pdserve_dot_proto_dot_worker__pb2.Ack.FromString,
-                _registered_method=True)
-        self.Redeem = channel.unary_unary(
-                '/pdserve.internal.v1.KVPeer/Redeem',
-                request_serializer=pdserve_dot_proto_dot_worker__pb2.RedeemRequest.SerializeToString,
-                response_deserializer=pdserve_dot_proto_dot_worker__pb2.Ack.FromString,
-                _registered_method=True)
-        self.Renew = channel.unary_unary(
-                '/pdserve.internal.v1.KVPeer/Renew',
-                request_serializer=pdserve_dot_proto_dot_worker__pb2.RenewRequest.SerializeToString,
-                response_deserializer=pdserve_dot_proto_dot_worker__pb2.RenewResponse.FromString,
-                _registered_method=True)
-        self.Release = channel.unary_unary(
-                '/pdserve.internal.v1.KVPeer/Release',
-                request_serializer=pdserve_dot_proto_dot_worker__pb2.ReleaseRequest.SerializeToString,
-                response_deserializer=pdserve_dot_proto_dot_worker__pb2.Ack.FromString,
+        self.Ask = channel.stream_stream(
+                '/pdserve.internal.v1.KVPeer/Ask',
+                request_serializer=pdserve_dot_proto_dot_worker__pb2.PeerRequest.SerializeToString,
+                response_deserializer=pdserve_dot_proto_dot_worker__pb2.PeerReply.FromString,
                 _registered_method=True)
 
 
 class KVPeerServicer:
-    """Missing associated documentation comment in .proto file."""
+    """One stream for each worker that asks, open as long as both live: a message on it takes half the time of a call.
+    """
 
-    def Offer(self, request, context):
-        """prefill -> decode: the next part is ready, here is the ticket
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def Redeem(self, request, context):
-        """decode -> prefill: send that part now
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def Renew(self, request, context):
-        """decode -> prefill: still wanted
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-    def Release(self, request, context):
-        """decode -> prefill: done with it
-        """
+    def Ask(self, request_iterator, context):
+        """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -334,25 +299,10 @@ class KVPeerServicer:
 
 def add_KVPeerServicer_to_server(servicer, server):
     rpc_method_handlers = {
-            'Offer': grpc.unary_unary_rpc_method_handler(
-                    servicer.Offer,
-                    request_deserializer=pdserve_dot_proto_dot_worker__pb2.OfferRequest.FromString,
-                    response_serializer=pdserve_dot_proto_dot_worker__pb2.Ack.SerializeToString,
-            ),
-            'Redeem': grpc.unary_unary_rpc_method_handler(
-                    servicer.Redeem,
-                    request_deserializer=pdserve_dot_proto_dot_worker__pb2.RedeemRequest.FromString,
-                    response_serializer=pdserve_dot_proto_dot_worker__pb2.Ack.SerializeToString,
-            ),
-            'Renew': grpc.unary_unary_rpc_method_handler(
-                    servicer.Renew,
-                    request_deserializer=pdserve_dot_proto_dot_worker__pb2.RenewRequest.FromString,
-                    response_serializer=pdserve_dot_proto_dot_worker__pb2.RenewResponse.SerializeToString,
-            ),
-            'Release': grpc.unary_unary_rpc_method_handler(
-                    servicer.Release,
-                    request_deserializer=pdserve_dot_proto_dot_worker__pb2.ReleaseRequest.FromString,
-                    response_serializer=pdserve_dot_proto_dot_worker__pb2.Ack.SerializeToString,
+            'Ask': grpc.stream_stream_rpc_method_handler(
+                    servicer.Ask,
+                    request_deserializer=pdserve_dot_proto_dot_worker__pb2.PeerRequest.FromString,
+                    response_serializer=pdserve_dot_proto_dot_worker__pb2.PeerReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -363,10 +313,11 @@ def add_KVPeerServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class KVPeer:
-    """Missing associated documentation comment in .proto file."""
+    """One stream for each worker that asks, open as long as both live: a message on it takes half the time of a call.
+    """
 
     @staticmethod
-    def Offer(request,
+    def Ask(request_iterator,
             target,
             options=(),
             channel_credentials=None,
@@ -376,93 +327,12 @@ class KVPeer:
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
+        return grpc.experimental.stream_stream(
+            request_iterator,
             target,
-            '/pdserve.internal.v1.KVPeer/Offer',
-            pdserve_dot_proto_dot_worker__pb2.OfferRequest.SerializeToString,
-            pdserve_dot_proto_dot_worker__pb2.Ack.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def Redeem(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/pdserve.internal.v1.KVPeer/Redeem',
-            pdserve_dot_proto_dot_worker__pb2.RedeemRequest.SerializeToString,
-            pdserve_dot_proto_dot_worker__pb2.Ack.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def Renew(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/pdserve.internal.v1.KVPeer/Renew',
-            pdserve_dot_proto_dot_worker__pb2.RenewRequest.SerializeToString,
-            pdserve_dot_proto_dot_worker__pb2.RenewResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def Release(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/pdserve.internal.v1.KVPeer/Release',
-            pdserve_dot_proto_dot_worker__pb2.ReleaseRequest.SerializeToString,
-            pdserve_dot_proto_dot_worker__pb2.Ack.FromString,
+            '/pdserve.internal.v1.KVPeer/Ask',
+            pdserve_dot_proto_dot_worker__pb2.PeerRequest.SerializeToString,
+            pdserve_dot_proto_dot_worker__pb2.PeerReply.FromString,
             options,
             channel_credentials,
             insecure,

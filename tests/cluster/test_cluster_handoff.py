@@ -31,14 +31,14 @@ def all_tokens(prefill: Routerless, decode: Routerless, id: HandoffId) -> tuple[
 def fetched_parts(monkeypatch: pytest.MonkeyPatch, decode: Routerless) -> list[FetchPart]:
     """Every part that the decode worker goes for, as it goes for it."""
     fetched: list[FetchPart] = []
-    links = decode.worker._links
-    receive = links.receive
+    role = decode.worker.requests.require_decode()
+    fetch_part = role._fetch
 
-    async def noted(fetch: FetchPart) -> str:
+    def noted(fetch: FetchPart) -> None:
         fetched.append(fetch)
-        return await receive(fetch)
+        fetch_part(fetch)
 
-    monkeypatch.setattr(links, "receive", noted)
+    monkeypatch.setattr(role, "_fetch", noted)
     return fetched
 
 
@@ -90,6 +90,7 @@ async def test_a_part_that_arrives_wrong_once_is_fetched_again(
             return await receive(fetch)
 
         monkeypatch.setattr(links, "receive", flaky)
+        monkeypatch.setattr(links, "receive_now", lambda fetch: None)
         id = await start(prefill, decode, make_request("again", prompt))
         await decode.ended(id)
         assert all_tokens(prefill, decode, id) == reference_generate(model, prompt, 24).token_ids

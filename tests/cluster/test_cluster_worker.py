@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from pdserve.kv_transfer.config import KVTransferConfig
 from pdserve.kv_transfer.lease import SendOffer
 from pdserve.proto import wire
 from pdserve.proto import worker_pb2 as pb
+from pdserve.proto.errors import StaleReference
 from pdserve.proto.types import FinishReason, HandoffId, Role
 
 FamilyDir = Callable[..., Path]
@@ -41,6 +43,7 @@ def hold_transfers(monkeypatch: pytest.MonkeyPatch, decode: Routerless) -> tuple
         return await receive(*arguments)
 
     monkeypatch.setattr(links, "receive", held)
+    monkeypatch.setattr(links, "receive_now", lambda fetch: None)
     return begun, go_on
 
 
@@ -132,6 +135,7 @@ async def test_kv_of_an_aborted_request_is_never_offered(
             return prepare(offer)
 
         monkeypatch.setattr(role, "_prepare", held)
+        monkeypatch.setattr("pdserve.prefill_worker.role.INLINE_BYTES", 0)  # never in the event loop
         decode_role = decode.worker.requests.require_decode()
         monkeypatch.setattr(decode_role, "offer", lambda ticket, part: offered.append(ticket.id))
         id = await start(prefill, decode, make_request("hashed", random_prompt(40)))
@@ -241,18 +245,10 @@ async def test_a_dead_peer_ends_what_waits_for_it(family_dir: FamilyDir) -> None
 
 
 async def test_a_message_for_another_generation_changes_nothing(family_dir: FamilyDir) -> None:
-    async with worker_pair(family_dir("llama")) as (prefill, _):
-        release = pb.ReleaseRequest(id=pb.HandoffId(request_id="x", epoch=7), source_generation=1, outcome="redeemed")
-        peer = grpc.aio.insecure_channel(prefill.worker.requests.info.worker.address)
-        async with peer:
-            call = peer.unary_unary(
-                "/pdserve.internal.v1.KVPeer/Release",
-                request_serializer=pb.ReleaseRequest.SerializeToString,
-                response_deserializer=pb.Ack.FromString,
-            )
-            with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await call(release, timeout=WAIT_S)
-        assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    async with worker_pair(family_dir("llama")) as (prefill, decode):
+        former = replace(prefill.worker.requests.info.worker, generation=1)
+        with pytest.raises(StaleReference):
+            await decode.worker._peers.release(former, HandoffId("x", 0, 7), "redeemed")
 
 
 async def test_a_crashing_engine_ends_every_request_and_the_worker(family_dir: FamilyDir) -> None:

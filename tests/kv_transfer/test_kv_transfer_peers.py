@@ -16,7 +16,6 @@ from pdserve.proto import worker_pb2 as pb
 from pdserve.proto import worker_pb2_grpc as rpc
 from pdserve.proto.channels import SERVER_OPTIONS
 from pdserve.proto.errors import StaleReference, WorkerLost
-from pdserve.proto.status import answer
 from pdserve.proto.types import HandoffId, KVLayout, KVPart, KVTicket, WorkerRef
 
 SOURCE = WorkerRef("p1", 8, "host:1")
@@ -41,26 +40,22 @@ class Peer(rpc.KVPeerServicer):
     def ref(self) -> WorkerRef:
         return WorkerRef("p0", self.generation, f"127.0.0.1:{self.port}")
 
-    async def Release(self, request: pb.ReleaseRequest, context: Any) -> pb.Ack:
-        async def handle(message: pb.ReleaseRequest) -> pb.Ack:
-            if message.source_generation != self.generation:
-                raise StaleReference("another generation")
-            self.asked.set()
-            await self.may_answer.wait()
-            return pb.Ack()
-
-        return await answer(context, handle, request)
-
-    async def Offer(self, request: pb.OfferRequest, context: Any) -> pb.Ack:
-        self.offered.append(request)
-        return pb.Ack()
-
-    async def Redeem(self, request: pb.RedeemRequest, context: Any) -> pb.Ack:
-        self.redeemed.append(request)
-        return pb.Ack()
-
-    async def Renew(self, request: pb.RenewRequest, context: Any) -> pb.RenewResponse:
-        return pb.RenewResponse(lost=list(request.ids)[1:])
+    async def Ask(self, requests: AsyncIterator[pb.PeerRequest], context: Any) -> AsyncIterator[pb.PeerReply]:
+        async for request in requests:
+            reply = pb.PeerReply(number=request.number)
+            match request.WhichOneof("request"):
+                case "offer":
+                    self.offered.append(request.offer)
+                case "redeem":
+                    self.redeemed.append(request.redeem)
+                case "renew":
+                    reply.lost.extend(list(request.renew.ids)[1:])
+                case "release" if request.release.source_generation != self.generation:
+                    reply.error.CopyFrom(pb.WireError(kind="StaleReference", message="another generation"))
+                case "release":
+                    self.asked.set()
+                    await self.may_answer.wait()
+            yield reply
 
 
 @pytest.fixture
@@ -149,6 +144,31 @@ async def test_a_call_on_a_channel_that_is_being_closed_ends_as_worker_lost(peer
     await peers._channels[peer.ref].close()
     with pytest.raises(WorkerLost):
         await release(peers, peer.ref)
+
+
+async def test_a_stream_that_broke_ends_its_requests_and_the_next_one_opens_another(peer: Peer, peers: Peers) -> None:
+    under_way = asyncio.create_task(release(peers, peer.ref))
+    await peer.asked.wait()
+    peers._streams[peer.ref]._call.cancel()
+    with pytest.raises(WorkerLost):
+        await asyncio.wait_for(under_way, WAIT_S)
+    peer.may_answer.set()
+    await asyncio.wait_for(release(peers, peer.ref), WAIT_S)
+
+
+async def test_requests_without_an_answer_end_at_their_deadline_and_spare_the_others(peer: Peer) -> None:
+    peers = Peers(timeout_s=0.2)
+    with pytest.raises(WorkerLost, match="in time"):
+        await release(peers, peer.ref)
+    peer.may_answer.set()
+    await release(peers, peer.ref)
+    await peers.close()
+
+
+async def test_replies_find_those_who_asked(peer: Peer, peers: Peers) -> None:
+    ids = [[HandoffId(f"r{number}", 0, 1), HandoffId(f"r{number}", 1, 1)] for number in range(40)]
+    lost = await asyncio.gather(*(peers.renew(peer.ref, pair) for pair in ids))
+    assert lost == [[second] for _, second in ids]
 
 
 async def test_a_caller_that_is_cancelled_is_cancelled(peer: Peer, peers: Peers) -> None:

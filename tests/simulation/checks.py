@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 GRACE_S = 1.0
 CLOCK_TOLERANCE = 0.03
 # Tasks that a living process may have when nothing is going on.
-LASTING = frozenset({"fleet", "watch_peers", "SimWorker._sweep", "serve Outputs", "serve Watch"})
+LASTING = frozenset({"fleet", "watch_peers", "SimWorker._sweep", "_Stream._read", "serve Outputs", "serve Watch"})
 # What each end may come from. Any of the kinds that are on for the seed will do.
 SILENCES = frozenset(
     {

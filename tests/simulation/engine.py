@@ -7,6 +7,7 @@ turns of the real engine loop, but on the simulation's time instead of in a thre
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
@@ -121,6 +122,7 @@ class SimEngine(Engine):
         trace: Trace,
         place: str,
     ) -> None:
+        self.books = threading.Lock()
         self.layout = layout_of(size.block_size)
         self.memory = torch.zeros((size.num_blocks, self.layout.block_bytes), dtype=torch.uint8)
         self.pool = BlockPool(size.num_blocks)

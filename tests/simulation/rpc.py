@@ -7,8 +7,10 @@ are: nobody changes one that was sent. Knows nothing of the services beyond thei
 
 from __future__ import annotations
 
+import asyncio
 import itertools
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,6 +52,9 @@ def unavailable(why: str) -> grpc.aio.AioRpcError:
 
 def describe(method: str, request: Any) -> str:
     """A call in a few words."""
+    if method == "Ask":
+        kind = request.WhichOneof("request")
+        method, request = kind.capitalize(), getattr(request, kind)
     id = getattr(request, "id", None)
     if id is None:
         inner = getattr(request, "request", None) or getattr(request, "ticket", None)
@@ -83,6 +88,17 @@ class Server:
         service = next(one for one in self.services if hasattr(one, method))
         handler: Callable[[Any, Any], Any] = getattr(service, method)
         return handler
+
+    async def answer(self, method: str, request: Any) -> Any:
+        """Of a call, or to one request on a stream of them."""
+        if method != "Ask":
+            return await self.handler(method)(request, CallContext())
+
+        async def requests() -> AsyncIterator[Any]:
+            yield request
+
+        (reply,) = [reply async for reply in self.handler(method)(requests(), CallContext())]
+        return reply
 
 
 class Rpc:
@@ -162,7 +178,7 @@ class Rpc:
 
         async def run() -> None:
             try:
-                value = await server.handler(method)(request, CallContext())
+                value = await server.answer(method, request)
                 trace.add(server.process.name, f"did {what}")
             except Aborted as refusal:
                 value = rpc_error(refusal.code, refusal.details, refusal.metadata)
@@ -177,6 +193,52 @@ class Rpc:
         self.network.loop.create_task(run(), name=f"serve {method}")
 
 
+class Conversation:
+    """The caller's end of a call with a stream of requests and one of replies.
+
+    Harsher than gRPC's: every request and every reply may be lost, doubled or overtaken for itself.
+    """
+
+    def __init__(self, rpc: Rpc, address: str, method: str) -> None:
+        self._rpc = rpc
+        self._address = address
+        self._method = method
+        self._inbox: deque[Any] = deque()
+        self._news = asyncio.Event()
+        self.is_open = True
+
+    async def write(self, request: Any) -> None:
+        if not self.is_open:
+            raise asyncio.InvalidStateError("RPC already finished.")
+        sent = type(request)()
+        sent.CopyFrom(request)
+        self._rpc.call(self._address, self._method, sent, self._arrived)
+
+    def cancel(self) -> bool:
+        was_open, self.is_open = self.is_open, False
+        self._news.set()
+        return was_open
+
+    def _arrived(self, reply: Any) -> None:
+        self._inbox.append(reply)
+        self._news.set()
+
+    def __aiter__(self) -> Conversation:
+        return self
+
+    async def __anext__(self) -> Any:
+        while self.is_open and not self._inbox:
+            self._news.clear()
+            await self._news.wait()
+        if not self.is_open:
+            raise asyncio.CancelledError
+        reply = self._inbox.popleft()
+        if isinstance(reply, Exception):
+            self.is_open = False
+            raise reply
+        return reply
+
+
 class SimChannel(grpc.aio.Channel):
     """A caller's end. Closing it cancels its calls, as gRPC does."""
 
@@ -185,6 +247,7 @@ class SimChannel(grpc.aio.Channel):
         self._address = address
         self._futures: dict[int, Any] = {}
         self._streams: list[Stream] = []
+        self._conversations: list[Conversation] = []
         self._is_closed = False
         self._numbers = itertools.count()
 
@@ -196,10 +259,12 @@ class SimChannel(grpc.aio.Channel):
         name = method.rpartition("/")[2]
         return lambda request, **_: self._stream(name, request)
 
+    def stream_stream(self, method: str, *_: Any, **__: Any) -> Any:
+        name = method.rpartition("/")[2]
+        return lambda **_: self._conversation(name)
+
     def stream_unary(self, *_: Any, **__: Any) -> Any:
         raise NotImplementedError("this project has no such calls")
-
-    stream_stream = stream_unary
 
     def _call(self, method: str, request: Any, timeout_s: float | None) -> Any:
         if self._is_closed:
@@ -234,8 +299,19 @@ class SimChannel(grpc.aio.Channel):
         self._streams.append(self._rpc.stream(self._address, method, request))
         return self._streams[-1]
 
+    def _conversation(self, method: str) -> Conversation:
+        if self._is_closed:
+            raise grpc.aio.UsageError("Channel is closed.")
+        conversation = Conversation(self._rpc, self._address, method)
+        self._conversations = [one for one in self._conversations if one.is_open]
+        self._conversations.append(conversation)
+        return conversation
+
     async def close(self, grace: float | None = None) -> None:
         self._is_closed = True
+        for conversation in self._conversations:
+            conversation.cancel()
+        self._conversations.clear()
         futures, self._futures = self._futures, {}
         for future in futures.values():
             future.cancel()

@@ -28,7 +28,7 @@ from pdserve.proto.types import HandoffId, SequenceEvent
 from pdserve.router.completion import Completion
 from pdserve.router.pipeline import Pipeline
 
-MAX_SEEDS = 80
+MAX_SEEDS = 250
 
 
 def found(harden: Callable[[Scenario], Scenario], words: str) -> bool:

@@ -297,7 +297,6 @@ class SimWorker:
             layout=self.info.layout,
             timeouts=self.plan.transfer.timeouts,
             loop=self._engine_loop,
-            call_soon=self._call_soon,
             receiver=self._links,
             peers=self._peers,
             metrics=_METRICS,
