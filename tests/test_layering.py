@@ -124,7 +124,11 @@ def test_the_import_scan_sees_imports_under_type_checking_and_in_functions(tmp_p
     assert {imported_folder(name) for name in names} == {None, "router", "engine"}
 
 
-@pytest.mark.parametrize("module", sorted(BRAIN_MODULES))
+# All of the planner decides.
+PLANNER = frozenset(path.as_posix() for path in sources("cluster/planner"))
+
+
+@pytest.mark.parametrize("module", sorted(BRAIN_MODULES | PLANNER))
 def test_a_brain_reaches_nothing_that_acts(module: str) -> None:
     """Neither directly nor through another of our modules."""
     reached: dict[Path, str] = {Path(module): module}
