@@ -28,7 +28,7 @@ from pdserve.engine.batch import build_batch
 from pdserve.engine.config import EngineConfig
 from pdserve.engine.kv_cache import KVCache
 from pdserve.engine.model import LoadedModel, load_model
-from pdserve.engine.scheduler import ScheduledSequence, StepPlan
+from pdserve.engine.plan import ScheduledSequence, StepPlan
 from pdserve.engine.sequence import Sequence
 from pdserve.proto.types import SCALE_BYTES, HandoffId, KVLayout, SamplingParams, WorkerRequest
 

@@ -19,7 +19,7 @@ from pdserve.cluster.output_hub import OutputHub, OutputStream
 from pdserve.cluster.worker_load import worker_load
 from pdserve.decode_worker.role import DecodeRole
 from pdserve.engine.loop import Command, Turn
-from pdserve.engine.scheduler import SequenceStep
+from pdserve.engine.plan import SequenceStep
 from pdserve.engine.sequence import Sequence
 from pdserve.prefill_worker.role import PrefillRole
 from pdserve.proto.clock import now
@@ -213,10 +213,10 @@ class WorkerRequests:
             return
         assert step.token is not None
         ends = step.finish is not None or step.handed_off
-        begins = step.index == (1 if sequence.num_transferred_tokens else 0)  # its first token from this worker
+        begins = step.position == (1 if sequence.num_transferred_tokens else 0)  # its first token from this worker
         event = SequenceEvent(
             id=handoff,
-            index=step.index,
+            index=step.position,
             tokens=(step.token,),
             finish_reason=step.finish.reason if step.finish else None,
             stop_token_id=step.finish.stop_token_id if step.finish else None,

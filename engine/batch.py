@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 
 from pdserve.engine.kv_cache import KVCache, ReadIndex, WriteIndex
-from pdserve.engine.scheduler import ScheduledSequence, StepPlan
+from pdserve.engine.plan import ScheduledSequence, StepPlan
 
 # Rows of one group may be padded to at most this multiple of their own number of blocks.
 MAX_PADDING = 2

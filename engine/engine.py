@@ -19,9 +19,10 @@ from pdserve.engine.block_pool import BlockPool
 from pdserve.engine.config import EngineConfig
 from pdserve.engine.kv_cache import KVCache
 from pdserve.engine.model import LoadedModel, load_model
+from pdserve.engine.plan import Committed, ComputedPart, Limit, SequenceStep
 from pdserve.engine.runner import Runner
 from pdserve.engine.sampling import sample
-from pdserve.engine.scheduler import Committed, ComputedPart, Limit, Scheduler, SequenceStep
+from pdserve.engine.scheduler import Scheduler
 from pdserve.engine.sequence import Sequence
 from pdserve.proto.errors import ConfigError, PdserveError
 from pdserve.proto.types import HandoffId

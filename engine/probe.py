@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 from pdserve.engine.attention import NAME, UnsupportedAttention
 from pdserve.engine.kv_cache import KVCache
+from pdserve.engine.plan import ScheduledSequence, StepPlan
 from pdserve.engine.runner import Runner
-from pdserve.engine.scheduler import ScheduledSequence, StepPlan
 from pdserve.engine.sequence import Sequence
 from pdserve.proto.errors import ModelError
 from pdserve.proto.types import HandoffId, KVLayout, SamplingParams, WorkerRequest

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from pdserve.engine.attention import Paged
 from pdserve.engine.batch import build_batch
 from pdserve.engine.kv_cache import KVCache
-from pdserve.engine.scheduler import StepPlan
+from pdserve.engine.plan import StepPlan
 
 
 class Runner:

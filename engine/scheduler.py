@@ -25,107 +25,14 @@ from bisect import insort
 from collections import deque
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
-from enum import StrEnum
 from operator import attrgetter
-from typing import NamedTuple
 
 from pdserve.engine.block_pool import BlockPool
 from pdserve.engine.claims import Claims
-from pdserve.engine.sequence import Finish, Sequence, finish
+from pdserve.engine.plan import Committed, ComputedPart, Limit, ScheduledSequence, SequenceStep, StepPlan
+from pdserve.engine.sequence import Sequence, finish
 from pdserve.proto.errors import DuplicateRequest, InvalidRequest, PdserveError
 from pdserve.proto.types import HandoffId, TokenInfo, WorkerRequest
-
-
-class Limit(StrEnum):
-    """What kept sequences waiting in a step."""
-
-    NONE = "none"
-    TOKENS = "max_num_batched_tokens"
-    SEQS = "max_num_seqs"
-    BLOCKS = "num_blocks"
-
-
-@dataclass(frozen=True, slots=True)
-class ScheduledSequence:
-    """Compute tokens `start..start+num_tokens-1`; `samples` if the last of them is the last one known."""
-
-    sequence: Sequence
-    start: int
-    num_tokens: int
-    samples: bool
-
-    @property
-    def end(self) -> int:
-        return self.start + self.num_tokens
-
-    @property
-    def is_decode(self) -> bool:
-        return self.num_tokens == 1 and self.start >= self.sequence.num_prompt_tokens
-
-
-@dataclass(frozen=True, slots=True)
-class StepPlan:
-    """One step. `limit` says what kept the first sequence that did not get in.
-
-    Of the `num_prefix_query_tokens` tokens of sequences that start, `num_prefix_hit_tokens` were found in the pool. The
-    return of a preempted sequence, which mostly finds its own, does not count.
-    """
-
-    scheduled: tuple[ScheduledSequence, ...]
-    preempted: tuple[Sequence, ...] = ()
-    limit: Limit = Limit.NONE
-    num_prefix_query_tokens: int = 0
-    num_prefix_hit_tokens: int = 0
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(item.num_tokens for item in self.scheduled)
-
-    @property
-    def num_decode_tokens(self) -> int:
-        return sum(item.is_decode for item in self.scheduled)
-
-    @property
-    def sampled(self) -> tuple[Sequence, ...]:
-        """Sequences that sample a token in this step, in plan order."""
-        return tuple(item.sequence for item in self.scheduled if item.samples)
-
-
-@dataclass(frozen=True, slots=True)
-class SequenceStep:
-    """What one step did for one sequence: a token at completion position `index`, or the error that ended it.
-
-    With `finish` or `error` the sequence is gone, and so are its claims on blocks that were not handed over; with
-    `handed_off` it is gone and all its blocks are leased.
-    """
-
-    sequence: Sequence
-    index: int
-    token: TokenInfo | None
-    finish: Finish | None = None
-    handed_off: bool = False
-    error: PdserveError | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class ComputedPart:
-    """The next blocks of a sequence that is to be handed off are final. They are leased: the reader's to release.
-
-    `first_block` is the place of the first one in the sequence. The last part brings the first token, and the last
-    block of it may be partly filled.
-    """
-
-    sequence: Sequence
-    first_block: int
-    block_ids: tuple[int, ...]
-    first_token: int | None
-
-
-class Committed(NamedTuple):
-    """What became of a plan, both in its order."""
-
-    steps: tuple[SequenceStep, ...] = ()
-    parts: tuple[ComputedPart, ...] = ()
 
 
 @dataclass(slots=True)
@@ -140,8 +47,9 @@ class _Draft:
 
     def add(self, sequence: Sequence) -> None:
         """As many of its tokens as fit."""
-        num_tokens = min(self.budget, sequence.num_uncomputed)
-        samples = num_tokens == sequence.num_uncomputed
+        num_uncomputed = sequence.num_uncomputed
+        num_tokens = min(self.budget, num_uncomputed)
+        samples = num_tokens == num_uncomputed
         self.scheduled.append(ScheduledSequence(sequence, sequence.num_computed, num_tokens, samples))
         self.budget -= num_tokens
 
@@ -183,7 +91,7 @@ class Scheduler:
     @property
     def queued_tokens(self) -> int:
         """Tokens known and not computed, of all sequences."""
-        return sum(sequence.num_uncomputed for sequence in self._by_id.values())
+        return sum([sequence.num_uncomputed for sequence in self._by_id.values()])
 
     @property
     def wanted_blocks(self) -> int:
@@ -283,7 +191,7 @@ class Scheduler:
         while index < len(self._running):  # victims are younger, hence further on: the index stays right
             sequence = self._running[index]
             index += 1
-            if sequence.num_uncomputed == 1 and self._grow(sequence, draft.preempted):
+            if sequence.num_uncomputed == 1 and (sequence.has_room or self._grow(sequence, draft.preempted)):
                 draft.add(sequence)
 
     def _continue_prefills(self, draft: _Draft) -> None:

@@ -144,6 +144,11 @@ class Sequence:
         return len(self.token_ids) - self.num_computed
 
     @property
+    def has_room(self) -> bool:
+        """Its blocks hold every token that it knows."""
+        return len(self.token_ids) <= len(self.table.block_ids) * self.table.block_size
+
+    @property
     def block_ids(self) -> list[int]:
         return self.table.block_ids
 
@@ -174,14 +179,18 @@ class Sequence:
 
     def advance(self, num_tokens: int) -> None:
         """`num_tokens` more tokens have KV in the blocks."""
-        self.num_recomputed_tokens += max(0, min(num_tokens, self._num_once_computed - self.num_computed))
-        self.num_computed += num_tokens
-        self._num_once_computed = max(self._num_once_computed, self.num_computed)
-        assert self.num_computed <= min(self.num_tokens, self.table.capacity_tokens)
+        before = self.num_computed
+        after = self.num_computed = before + num_tokens
+        if before < self._num_once_computed:
+            self.num_recomputed_tokens += min(after, self._num_once_computed) - before
+        if after > self._num_once_computed:
+            self._num_once_computed = after
+        assert after <= len(self.token_ids), "more computed than known"
+        assert after <= self.table.capacity_tokens, "more computed than there is room for"
 
     def append(self, token_id: int, now_s: float) -> None:
         """A new token was sampled. All others must be computed: it was sampled from the last one."""
-        assert self.num_uncomputed == 0
+        assert self.num_computed == len(self.token_ids)
         self.token_ids.append(token_id)
         self.last_token_s = now_s
         if self.first_token_s is None:
@@ -225,8 +234,8 @@ def finish(sequence: Sequence, token_id: int, max_model_len: int) -> Finish | No
     A stop token counts once `min_tokens` tokens precede it (until then sampling bans it), and wins over length.
     """
     sampling, index = sequence.request.sampling, sequence.num_output_tokens
-    if index >= sampling.min_tokens and token_id in sampling.stop_token_ids:
+    if token_id in sampling.stop_token_ids and index >= sampling.min_tokens:
         return Finish(FinishReason.STOP, token_id)
-    if index + 1 >= sampling.max_tokens or sequence.num_tokens + 1 >= max_model_len:
+    if index + 1 >= sampling.max_tokens or len(sequence.token_ids) + 1 >= max_model_len:
         return Finish(FinishReason.LENGTH, None)
     return None

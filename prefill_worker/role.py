@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from pdserve.engine.block_pool import BlockState
 from pdserve.engine.engine import Engine
 from pdserve.engine.loop import EngineLoop
-from pdserve.engine.scheduler import ComputedPart
+from pdserve.engine.plan import ComputedPart
 from pdserve.engine.sequence import Sequence
 from pdserve.kv_transfer.digest import Digester
 from pdserve.kv_transfer.effects import FreeBlocks, Ignored, QuarantineBlocks

@@ -5,7 +5,8 @@ from __future__ import annotations
 from engine_runs import request
 
 from pdserve.engine.block_pool import BlockPool, BlockState
-from pdserve.engine.scheduler import Committed, Scheduler, StepPlan
+from pdserve.engine.plan import Committed, StepPlan
+from pdserve.engine.scheduler import Scheduler
 from pdserve.engine.sequence import Sequence
 from pdserve.proto.types import TokenInfo
 

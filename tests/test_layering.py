@@ -33,6 +33,7 @@ BRAIN_MODULES = frozenset(
         "decode_worker/timeline.py",
         "engine/block_pool.py",
         "engine/claims.py",
+        "engine/plan.py",
         "engine/prefix.py",
         "engine/scheduler.py",
         "engine/sequence.py",

@@ -11,7 +11,7 @@ from families import FAMILIES, awkward_lengths, random_prompt
 
 from pdserve.engine.block_pool import BlockState
 from pdserve.engine.engine import Engine
-from pdserve.engine.scheduler import ComputedPart
+from pdserve.engine.plan import ComputedPart
 from pdserve.engine.sequence import Sequence
 
 LENGTHS = awkward_lengths(BLOCK_SIZE, CHUNK_TOKENS)

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from scheduler_runs import BLOCK, Memory, execute, fresh, prompt, redeemed, scheduler, spans
 
 from pdserve.engine.block_pool import BlockPool, BlockState
+from pdserve.engine.plan import ComputedPart, Limit, SequenceStep
 from pdserve.engine.prefix import block_keys
-from pdserve.engine.scheduler import ComputedPart, Limit, SequenceStep
 from pdserve.engine.sequence import Sequence
 
 

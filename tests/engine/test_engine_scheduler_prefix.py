@@ -7,7 +7,7 @@ from engine_runs import request
 from scheduler_runs import BLOCK, TOKEN, drain, execute, fresh, prompt, redeemed, scheduler, spans, step
 
 from pdserve.engine.block_pool import BlockState
-from pdserve.engine.scheduler import Limit
+from pdserve.engine.plan import Limit
 from pdserve.engine.sequence import Sequence
 
 

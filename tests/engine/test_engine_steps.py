@@ -26,7 +26,7 @@ def test_every_token_is_reported_once_with_its_index(family_dir: FamilyDir) -> N
     for result in run(engine, sequences):
         for step in result.sequences:
             assert step.token is not None
-            reported[id(step.sequence)].append((step.index, step.token.token_id))
+            reported[id(step.sequence)].append((step.position, step.token.token_id))
             finished += [step.sequence] if step.finish else []
     for sequence in sequences:
         assert reported[id(sequence)] == list(enumerate(output(sequence)))
@@ -65,7 +65,7 @@ def test_a_handed_off_sequence_keeps_its_blocks_leased(family_dir: FamilyDir) ->
     sequence = Sequence(request(random_prompt(33)), 0.0, hand_off=True)
     results = run(engine, [sequence])
     (step,) = results[-1].sequences
-    assert (step.handed_off, step.finish, step.index) == (True, None, 0)
+    assert (step.handed_off, step.finish, step.position) == (True, None, 0)
     assert len(sequence.block_ids) == 3 == engine.pool.count(BlockState.LEASED)
     (part,) = [part for result in results for part in result.parts]
     assert (part.sequence, part.first_block, part.block_ids) == (sequence, 0, tuple(sequence.block_ids))

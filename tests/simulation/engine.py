@@ -22,7 +22,8 @@ from simulation.trace import Trace
 from pdserve.engine.block_pool import BlockPool, BlockState
 from pdserve.engine.engine import Engine, StepResult
 from pdserve.engine.loop import Command, EngineLoop, Turn
-from pdserve.engine.scheduler import Committed, ScheduledSequence, Scheduler, StepPlan
+from pdserve.engine.plan import Committed, ScheduledSequence, StepPlan
+from pdserve.engine.scheduler import Scheduler
 from pdserve.engine.sequence import Sequence
 from pdserve.proto.clock import now
 from pdserve.proto.errors import InternalError, PdserveError
