@@ -25,9 +25,10 @@ from pdserve.cluster.worker_spec import WorkerSpec
 from pdserve.decode_worker.role import DecodeRole
 from pdserve.engine.engine import Engine, build_engine
 from pdserve.engine.host_memory import keep_freed_memory
-from pdserve.engine.loop import EngineLoop, Turn
+from pdserve.engine.loop import EngineLoop
 from pdserve.engine.metrics import EngineMetrics
 from pdserve.engine.model import resolve_device
+from pdserve.engine.turn import Turn
 from pdserve.kv_transfer import nccl_group
 from pdserve.kv_transfer.cuda_runtime import cuda_runtime
 from pdserve.kv_transfer.export import Export, QuantisedExport, quantised

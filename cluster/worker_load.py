@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pdserve.engine.loop import Turn
+from pdserve.engine.turn import Turn
 from pdserve.proto.types import WorkerInfo, WorkerLoad
 
 

@@ -18,9 +18,10 @@ from pdserve.cluster.live_requests import LiveRequests
 from pdserve.cluster.output_hub import OutputHub, OutputStream
 from pdserve.cluster.worker_load import worker_load
 from pdserve.decode_worker.role import DecodeRole
-from pdserve.engine.loop import Command, Turn
+from pdserve.engine.loop import Command
 from pdserve.engine.plan import SequenceStep
 from pdserve.engine.sequence import Sequence
+from pdserve.engine.turn import Turn
 from pdserve.prefill_worker.role import PrefillRole
 from pdserve.proto.clock import now
 from pdserve.proto.errors import DeadlineExceeded, InternalError, PdserveError, StaleReference, Unavailable, WrongRole

@@ -19,8 +19,9 @@ from typing import Any, Protocol
 from pdserve.decode_worker.timeline import Timeline
 from pdserve.engine.block_pool import BlockState
 from pdserve.engine.engine import Engine
-from pdserve.engine.loop import EngineLoop, Turn
+from pdserve.engine.loop import EngineLoop
 from pdserve.engine.sequence import Sequence
+from pdserve.engine.turn import Turn
 from pdserve.kv_transfer.effects import FreeBlocks, Ignored, QuarantineBlocks, Refused, raise_refusal
 from pdserve.kv_transfer.metrics import HandoffMetrics
 from pdserve.kv_transfer.peers import Peers

@@ -10,7 +10,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,35 +18,13 @@ from pdserve.engine.block_pool import BlockPool
 from pdserve.engine.config import EngineConfig
 from pdserve.engine.kv_cache import KVCache
 from pdserve.engine.model import LoadedModel, load_model
-from pdserve.engine.plan import Committed, ComputedPart, Limit, SequenceStep
+from pdserve.engine.plan import Committed, StepResult
 from pdserve.engine.runner import Runner
 from pdserve.engine.sampling import sample
 from pdserve.engine.scheduler import Scheduler
 from pdserve.engine.sequence import Sequence
 from pdserve.proto.errors import ConfigError, PdserveError
 from pdserve.proto.types import HandoffId
-
-
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """What one step did. `sequences` has an entry for each sequence that got a token or an error.
-
-    `parts` are the blocks of hand-offs that became final: they are leased, and the reader's to release.
-    `num_prefix_hit_tokens` of the `num_prefix_query_tokens` tokens of sequences that started were in the pool already.
-
-    `num_tokens == 0` means that nothing could run: every sequence waits for blocks that are held outside the engine.
-    """
-
-    sequences: tuple[SequenceStep, ...]
-    parts: tuple[ComputedPart, ...]
-    preempted: tuple[Sequence, ...]
-    num_tokens: int
-    num_prefill_tokens: int
-    num_decode_tokens: int
-    num_prefix_query_tokens: int
-    num_prefix_hit_tokens: int
-    duration_s: float
-    limit: Limit
 
 
 class Engine:

@@ -11,45 +11,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TypeVar
 
-from pdserve.engine.block_pool import BlockPool, BlockState
-from pdserve.engine.engine import Engine, StepResult
+from pdserve.engine.engine import Engine
+from pdserve.engine.turn import Turn, turn_of
 
 Command = Callable[[Engine], object]
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class PoolCounts:
-    """Blocks by state after a turn; they sum to `total`, but for `cached`, which is a part of `free`.
-
-    `reserved` is promised, not taken.
-    """
-
-    total: int
-    free: int
-    cached: int
-    running: int
-    leased: int
-    receiving: int
-    quarantined: int
-    reserved: int
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """One turn of the loop: the step it took, if any, and what the engine looks like after it."""
-
-    step: StepResult | None
-    pool: PoolCounts
-    num_waiting: int
-    num_running: int
-    queued_tokens: int
-    wanted_blocks: int
-    num_steps: int
-    num_preemptions: int
 
 
 class EngineLoop:
@@ -114,33 +82,8 @@ class EngineLoop:
             self._num_steps += 1
             self._num_preemptions += len(step.preempted)
         if step is not None or commanded:
-            self._on_turn(self._snapshot(step))
+            engine = self._engine
+            with engine.books:
+                turn = turn_of(step, engine.pool, engine.scheduler, self._num_steps, self._num_preemptions)
+            self._on_turn(turn)
         return step is not None and (step.num_tokens > 0 or bool(step.preempted))
-
-    def _snapshot(self, step: StepResult | None) -> Turn:
-        pool, scheduler = self._engine.pool, self._engine.scheduler
-        with self._engine.books:
-            counts = _count(pool)
-        return Turn(
-            step=step,
-            pool=counts,
-            num_waiting=scheduler.num_waiting,
-            num_running=scheduler.num_running,
-            queued_tokens=scheduler.queued_tokens,
-            wanted_blocks=scheduler.wanted_blocks,
-            num_steps=self._num_steps,
-            num_preemptions=self._num_preemptions,
-        )
-
-
-def _count(pool: BlockPool) -> PoolCounts:
-    return PoolCounts(
-        total=pool.num_blocks,
-        free=pool.num_free,
-        cached=pool.num_cached,
-        running=pool.count(BlockState.RUNNING),
-        leased=pool.count(BlockState.LEASED),
-        receiving=pool.count(BlockState.RECEIVING),
-        quarantined=pool.count(BlockState.QUARANTINED),
-        reserved=pool.num_reserved,
-    )

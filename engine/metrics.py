@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from pdserve.engine.loop import Turn
+from pdserve.engine.turn import Turn
 from pdserve.proto.metrics_server import MetricsServer
 from pdserve.proto.types import Role
 

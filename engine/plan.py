@@ -103,3 +103,25 @@ class Committed(NamedTuple):
 
     steps: tuple[SequenceStep, ...] = ()
     parts: tuple[ComputedPart, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one step did. `sequences` has an entry for each sequence that got a token or an error.
+
+    `parts` are the blocks of hand-offs that became final: they are leased, and the reader's to release.
+    `num_prefix_hit_tokens` of the `num_prefix_query_tokens` tokens of sequences that started were in the pool already.
+
+    `num_tokens == 0` means that nothing could run: every sequence waits for blocks that are held outside the engine.
+    """
+
+    sequences: tuple[SequenceStep, ...]
+    parts: tuple[ComputedPart, ...]
+    preempted: tuple[Sequence, ...]
+    num_tokens: int
+    num_prefill_tokens: int
+    num_decode_tokens: int
+    num_prefix_query_tokens: int
+    num_prefix_hit_tokens: int
+    duration_s: float
+    limit: Limit

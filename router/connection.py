@@ -31,10 +31,9 @@ from pdserve.proto.status import error_from_call
 from pdserve.proto.types import HandoffId, Role, SequenceEvent, StepOutput, WorkerInfo, WorkerLoad, WorkerRequest
 from pdserve.router.policy import Pending, WorkerView
 from pdserve.router.refusals import as_told
+from pdserve.router.unseen import Unseen
 
 LOG = logging.getLogger("pdserve.router")
-# A load that was on its way when the worker acknowledged a request does not count it; the next one does.
-LOADS_UNTIL_VISIBLE = 2
 
 
 class StreamBroken(Exception):
@@ -62,14 +61,6 @@ class Settings:
     open_channel: OpenChannel = open_channel
 
 
-@dataclass(slots=True)
-class _Placement:
-    """Counted in `pending` until the worker's loads show it."""
-
-    share: Pending
-    visible_at: int | None = None
-
-
 class WorkerConnection:
     """Owner of the channel, of the last load and of the table of requests that hear from this worker."""
 
@@ -79,8 +70,7 @@ class WorkerConnection:
         self.connected = False
         self._settings = settings
         self._sinks: dict[HandoffId, EventSink] = {}
-        self._unseen: dict[HandoffId, _Placement] = {}
-        self._num_loads = 0
+        self._unseen = Unseen()
         self._closed = False
         self._channel = settings.open_channel(info.worker.address)
         self._stub = rpc.WorkerStub(self._channel)
@@ -104,20 +94,16 @@ class WorkerConnection:
         """What a policy may see; `None` while the worker is unreachable."""
         if not self.connected or self.load is None:
             return None
-        shares = [placement.share for placement in self._unseen.values()]
-        pending = Pending(
-            len(shares), sum(share.prompt_tokens for share in shares), sum(share.num_blocks for share in shares)
-        )
-        return WorkerView(self.load, self.info.layout, pending)
+        return WorkerView(self.load, self.info.layout, self._unseen.pending)
 
     def attach(self, id: HandoffId, sink: EventSink, share: Pending) -> None:
         """From now on `sink` hears of `id`, and `share` counts as sent."""
         self._sinks[id] = sink
-        self._unseen[id] = _Placement(share)
+        self._unseen.place(id, share)
 
     def detach(self, id: HandoffId) -> None:
         self._sinks.pop(id, None)
-        self._unseen.pop(id, None)
+        self._unseen.forget(id)
 
     async def run(self) -> None:
         """Keep the stream up until cancelled, then tell every request and close."""
@@ -177,9 +163,7 @@ class WorkerConnection:
         except asyncio.CancelledError:
             self._own_cancellation()
             raise WorkerLost(f"worker {self.worker_id} left the fleet") from None
-        placement = self._unseen.get(request.id)
-        if placement is not None:
-            placement.visible_at = self._num_loads + LOADS_UNTIL_VISIBLE
+        self._unseen.acknowledged(request.id)
 
     def _own_cancellation(self) -> None:
         """Closing the channel cancels its calls; a cancellation that we did not cause goes on."""
@@ -216,10 +200,7 @@ class WorkerConnection:
             raise StreamBroken(f"{ref.worker_id}: another worker or generation answers at its address")
         changed = self.load is None or (self.load.role, self.load.draining) != (load.role, load.draining)
         self.load = load
-        self._num_loads += 1
-        seen = [id for id, placement in self._unseen.items() if placement.visible_at == self._num_loads]
-        for id in seen:
-            del self._unseen[id]
+        self._unseen.load_arrived()
         if changed:
             self._settings.on_change()
 

@@ -10,7 +10,8 @@ from typing import Any, TypeAlias
 from families import Tally, random_prompt, reference_generate
 
 from pdserve.engine.config import EngineConfig
-from pdserve.engine.engine import Engine, StepResult, build_engine
+from pdserve.engine.engine import Engine, build_engine
+from pdserve.engine.plan import StepResult
 from pdserve.engine.sequence import Sequence
 from pdserve.proto.types import HandoffId, SamplingParams, WorkerRequest
 

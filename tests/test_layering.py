@@ -30,6 +30,7 @@ BRAIN_MODULES = frozenset(
         "cluster/pair_links.py",
         "cluster/placement.py",
         "cluster/registry.py",
+        "cluster/worker_load.py",
         "decode_worker/timeline.py",
         "engine/block_pool.py",
         "engine/claims.py",
@@ -37,6 +38,7 @@ BRAIN_MODULES = frozenset(
         "engine/prefix.py",
         "engine/scheduler.py",
         "engine/sequence.py",
+        "engine/turn.py",
         "kv_transfer/effects.py",
         "kv_transfer/lease.py",
         "kv_transfer/lease_step.py",
@@ -51,6 +53,7 @@ BRAIN_MODULES = frozenset(
         "router/completion.py",
         "router/detokenizer.py",
         "router/policy.py",
+        "router/unseen.py",
         "router/validation.py",
     }
 )

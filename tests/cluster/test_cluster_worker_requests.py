@@ -7,7 +7,7 @@ import math
 import pytest
 
 from pdserve.cluster.worker_requests import WorkerRequests
-from pdserve.engine.loop import PoolCounts, Turn
+from pdserve.engine.turn import PoolCounts, Turn
 from pdserve.proto.errors import InternalError
 from pdserve.proto.types import KVLayout, Role, WorkerInfo, WorkerRef
 

@@ -8,9 +8,10 @@ from operator import methodcaller
 from engine_runs import FamilyDir, request, tiny_engine
 from families import random_prompt
 
-from pdserve.engine.loop import EngineLoop, Turn
+from pdserve.engine.loop import EngineLoop
 from pdserve.engine.metrics import EngineMetrics
 from pdserve.engine.sequence import Sequence
+from pdserve.engine.turn import Turn
 from pdserve.proto.types import Role
 
 

@@ -20,11 +20,12 @@ from simulation.model import KV, NO_KV, SimModel
 from simulation.trace import Trace
 
 from pdserve.engine.block_pool import BlockPool, BlockState
-from pdserve.engine.engine import Engine, StepResult
-from pdserve.engine.loop import Command, EngineLoop, Turn
-from pdserve.engine.plan import Committed, ScheduledSequence, StepPlan
+from pdserve.engine.engine import Engine
+from pdserve.engine.loop import Command, EngineLoop
+from pdserve.engine.plan import Committed, ScheduledSequence, StepPlan, StepResult
 from pdserve.engine.scheduler import Scheduler
 from pdserve.engine.sequence import Sequence
+from pdserve.engine.turn import Turn
 from pdserve.proto.clock import now
 from pdserve.proto.errors import InternalError, PdserveError
 from pdserve.proto.types import HandoffId, KVLayout, TokenInfo

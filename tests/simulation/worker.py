@@ -26,7 +26,7 @@ from pdserve.cluster.fleet_watch import watch_peers
 from pdserve.cluster.worker_requests import WorkerRequests
 from pdserve.cluster.worker_server import WorkerServices
 from pdserve.decode_worker.role import DecodeRole
-from pdserve.engine.loop import Turn
+from pdserve.engine.turn import Turn
 from pdserve.kv_transfer.config import KVTransferConfig
 from pdserve.kv_transfer.digest import KEYED, Digester
 from pdserve.kv_transfer.export import Export

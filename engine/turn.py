@@ -1,0 +1,69 @@
+"""One turn of an engine, as others are told of it: the step it took, and what the engine looks like after it. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pdserve.engine.block_pool import BlockPool, BlockState
+from pdserve.engine.plan import StepResult
+from pdserve.engine.scheduler import Scheduler
+
+
+@dataclass(frozen=True, slots=True)
+class PoolCounts:
+    """Blocks by state after a turn; they sum to `total`, but for `cached`, which is a part of `free`.
+
+    `reserved` is promised, not taken.
+    """
+
+    total: int
+    free: int
+    cached: int
+    running: int
+    leased: int
+    receiving: int
+    quarantined: int
+    reserved: int
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One turn of the loop: the step it took, if any, and what the engine looks like after it."""
+
+    step: StepResult | None
+    pool: PoolCounts
+    num_waiting: int
+    num_running: int
+    queued_tokens: int
+    wanted_blocks: int
+    num_steps: int
+    num_preemptions: int
+
+
+def turn_of(
+    step: StepResult | None, pool: BlockPool, scheduler: Scheduler, num_steps: int, num_preemptions: int
+) -> Turn:
+    """The turn that has just ended."""
+    return Turn(
+        step=step,
+        pool=_count(pool),
+        num_waiting=scheduler.num_waiting,
+        num_running=scheduler.num_running,
+        queued_tokens=scheduler.queued_tokens,
+        wanted_blocks=scheduler.wanted_blocks,
+        num_steps=num_steps,
+        num_preemptions=num_preemptions,
+    )
+
+
+def _count(pool: BlockPool) -> PoolCounts:
+    return PoolCounts(
+        total=pool.num_blocks,
+        free=pool.num_free,
+        cached=pool.num_cached,
+        running=pool.count(BlockState.RUNNING),
+        leased=pool.count(BlockState.LEASED),
+        receiving=pool.count(BlockState.RECEIVING),
+        quarantined=pool.count(BlockState.QUARANTINED),
+        reserved=pool.num_reserved,
+    )
