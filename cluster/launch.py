@@ -10,6 +10,7 @@ import os
 import secrets
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -38,6 +39,8 @@ def launched(
     if state.read(config.name) is not None:
         raise ConfigError(state.already_running(config.name))
     check_model_dir(Path(config.model))
+    if config.ray.address is None:  # or it is another machine that listens
+        check_host(config.kv_transfer.host)
     read_fd, write_fd = os.pipe()
     with os.fdopen(read_fd) as lines:
         head = _spawn_head(config, write_fd)
@@ -163,3 +166,11 @@ def check_model_dir(path: Path) -> None:
         pickles = [entry.name for suffix in ("*.bin", "*.pt", "*.pth") for entry in path.glob(suffix)]
         why = f"only pickle weights ({pickles[0]}), which can run code; convert them" if pickles else "no weights"
         raise ModelError(f"model: {path}: {why}; *.safetensors are needed")
+
+
+def check_host(host: str) -> None:
+    """Raises ConfigError if nothing on this machine can listen there."""
+    try:
+        socket.create_server((host, 0)).close()
+    except OSError as error:
+        raise ConfigError(f"kv_transfer.host: nothing can listen on {host!r} here ({error.strerror})") from error

@@ -109,7 +109,7 @@ class Worker:
         post(lambda engine: None)  # a first turn, so that there is a load to tell
         async with asyncio.timeout(FIRST_TURN_TIMEOUT_S):
             await self._turned.wait()
-        await self._server.start(self.requests)
+        await self._server.start(self.requests, self._on_crash)
         self._spawn(self._sweep())
         self._spawn(watch_peers(self._spec.controller, self.peer_gone))
         return info
@@ -167,9 +167,12 @@ class Worker:
         self._turned.set()
 
     def _on_crash(self, error: BaseException) -> None:
-        opaque = self.requests.crashed(error)
-        if not self._ended.done():
-            self._ended.set_result(f"engine crashed: {type(error).__name__} ({opaque})")
+        opaque = "?"
+        try:
+            opaque = self.requests.crashed(error)
+        finally:  # whatever its broken books do to the last words
+            if not self._ended.done():
+                self._ended.set_result(f"engine crashed: {type(error).__name__} ({opaque})")
 
     async def _sweep(self) -> None:
         checked_s = now()

@@ -13,11 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 from pdserve.cluster.worker_memory import WorkerMemory
 from pdserve.kv_transfer.config import KVTransferConfig
-from pdserve.kv_transfer.digest import KEYED, Digester
+from pdserve.kv_transfer.digest import FAST, KEYED, Digester
 from pdserve.kv_transfer.export import Export
 from pdserve.kv_transfer.landing import Landings
 from pdserve.kv_transfer.lease import SendKey, StartSend
 from pdserve.kv_transfer.link import INLINE_BYTES, Deadline, LinkSink, LinkSource, Transfer
+from pdserve.kv_transfer.link_turns import LinkTurns
 from pdserve.kv_transfer.links import LinkKey, LinkTable
 from pdserve.kv_transfer.peers import Peers, Redemption
 from pdserve.kv_transfer.plan import ONE_SIDED, Reach, choose_link
@@ -26,6 +27,8 @@ from pdserve.proto.errors import LayoutMismatch, StaleReference, TransferFailed
 from pdserve.proto.types import HandoffId, KVLayout, WorkerInfo
 
 MAX_TRANSFERS = 8
+AT_ONCE = frozenset({"loopback", "shm"})
+"""Links whose sink waits for nobody: neither for the source nor for a device."""
 
 
 class WorkerLinks:
@@ -51,7 +54,8 @@ class WorkerLinks:
         # the target evicts.
         self._sources: LinkTable[LinkSource] = LinkTable(sys.maxsize)
         self._threads = ThreadPoolExecutor(MAX_TRANSFERS, thread_name_prefix="transfer")
-        self._num_receiving = 0  # in the threads
+        self._receiving = LinkTurns()
+        self._sending = LinkTurns()
         self._loop = asyncio.get_running_loop()
 
     def close(self) -> None:
@@ -61,18 +65,23 @@ class WorkerLinks:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def drop_peer(self, worker_id: str, generation: int) -> None:
-        """Close the links to a process that is gone."""
-        self._sinks.drop_peer(worker_id, generation)
-        self._sources.drop_peer(worker_id, generation)
+        """Close the links to a process that is gone, in a thread: it may take its time."""
+        self._threads.submit(self._sinks.drop_peer, worker_id, generation)
+        self._threads.submit(self._sources.drop_peer, worker_id, generation)
+        self._receiving.forget(worker_id, generation)
+        self._sending.forget(worker_id, generation)
 
     def receive_now(self, fetch: FetchPart) -> str | None:
         """`receive`, where that waits for nobody and takes less than a thread's waking; else `None`."""
-        kind = self._kind(fetch)
-        num_bytes = (len(fetch.part.block_ids) - fetch.first) * fetch.ticket.layout.block_bytes
-        is_quick = kind in ONE_SIDED and num_bytes <= INLINE_BYTES
-        if not is_quick or self._num_receiving or not self._sinks.is_idle(_link_key(kind, fetch)):
+        kind, ticket = self._kind(fetch), fetch.ticket
+        num_bytes = (len(fetch.part.block_ids) - fetch.first) * ticket.layout.block_bytes
+        is_plain = ticket.digest == FAST and ticket.layout == self._info.layout
+        if kind not in AT_ONCE or num_bytes > INLINE_BYTES or not is_plain:
             return None
-        self._receive(kind, fetch)
+        key = _link_key(kind, fetch)
+        if not self._receiving.is_free(key) or not self._sinks.is_idle(key):
+            return None
+        self._receive(kind, fetch, Deadline(self._config.transfer_timeout_s))
         return kind
 
     async def receive(self, fetch: FetchPart) -> str:
@@ -82,17 +91,17 @@ class WorkerLinks:
             TransferFailed, StaleReference, LayoutMismatch: they did not arrive; nothing is written any more.
             CorruptKV: they are not what was offered.
         """
-        kind = self._kind(fetch)
-        self._num_receiving += 1
-        try:
-            await self._loop.run_in_executor(self._threads, self._receive, kind, fetch)
-        finally:
-            self._num_receiving -= 1
+        kind, deadline = self._kind(fetch), Deadline(self._config.transfer_timeout_s)
+        async with self._receiving.turn(_link_key(kind, fetch), deadline):
+            await self._loop.run_in_executor(self._threads, self._receive, kind, fetch, deadline)
         return kind
 
     async def send(self, start: StartSend, kind: str, address: str) -> None:
         """Send blocks of ours on the link that the target asked for; our memory is not read any more on return."""
-        await self._loop.run_in_executor(self._threads, self._send, start, kind, address)
+        deadline = Deadline(self._config.transfer_timeout_s)
+        key = LinkKey(start.target.worker_id, start.target.generation, kind)
+        async with self._sending.turn(key, deadline):
+            await self._loop.run_in_executor(self._threads, self._send, start, key, address, deadline)
 
     def _kind(self, fetch: FetchPart) -> str:
         """Of the link to take. Raises `LayoutMismatch` if there is none."""
@@ -100,9 +109,8 @@ class WorkerLinks:
         theirs = Reach(fetch.ticket.host_id, frozenset(fetch.ticket.link_address))
         return choose_link(self._config.links, ours, theirs).kind
 
-    def _receive(self, kind: str, fetch: FetchPart) -> None:
+    def _receive(self, kind: str, fetch: FetchPart, deadline: Deadline) -> None:
         """In a transfer thread, or in the loop if it waits for nobody."""
-        deadline = Deadline(self._config.transfer_timeout_s)
         ticket, part = fetch.ticket, fetch.part
         key = _link_key(kind, fetch)
         source_block_ids, digests = part.block_ids[fetch.first :], part.block_digests[fetch.first :]
@@ -122,7 +130,7 @@ class WorkerLinks:
             refusal = None
             if kind not in ONE_SIDED:
                 redemption = Redemption(ticket.id, send_key, fetch.first, kind, link.address)
-                refusal = self._redeem(fetch, redemption)
+                refusal = self._redeem(fetch, redemption, deadline)
             if refusal is None:
                 transfer = _transfer(ticket.id, send_key, len(source_block_ids), ticket.layout)
                 with self._landings.open(ticket, first, len(source_block_ids), fetch.block_ids) as landing:
@@ -130,13 +138,13 @@ class WorkerLinks:
         if refusal is not None:
             raise refusal
 
-    def _redeem(self, fetch: FetchPart, redemption: Redemption) -> StaleReference | None:
+    def _redeem(self, fetch: FetchPart, redemption: Redemption, deadline: Deadline) -> StaleReference | None:
         """Ask the source to send, from a transfer thread. A refusal is returned: no byte moved, the link is sound."""
         source = fetch.ticket.source
         call = self._peers.redeem(source, self._info.worker, redemption)
         waiting = asyncio.run_coroutine_threadsafe(call, self._loop)
         try:
-            waiting.result(self._config.control_timeout_s + 1.0)
+            waiting.result(min(self._config.control_timeout_s + 1.0, deadline.left_s()))
         except StaleReference as refusal:
             return refusal
         except TimeoutError as error:
@@ -144,14 +152,12 @@ class WorkerLinks:
             raise TransferFailed(f"{source.worker_id} did not answer the redemption") from error
         return None
 
-    def _send(self, start: StartSend, kind: str, address: str) -> None:
+    def _send(self, start: StartSend, key: LinkKey, address: str, deadline: Deadline) -> None:
         """In a transfer thread."""
-        deadline = Deadline(self._config.transfer_timeout_s)
-        key = LinkKey(start.target.worker_id, start.target.generation, kind)
         layout = self._export.layout
 
         def open_source(epoch: int) -> LinkSource:
-            return self._memory.open_source(kind, address, self._export.blocks, layout.hash64(), epoch)
+            return self._memory.open_source(key.kind, address, self._export.blocks, layout.hash64(), epoch)
 
         with self._sources.use(key, open_source, deadline.left_s(), start.key.link_epoch) as (link, _):
             transfer = _transfer(start.id, start.key, len(start.block_ids), layout)

@@ -5,7 +5,8 @@ Decodes, checks who is addressed, calls, encodes. Errors leave through `proto.st
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from functools import partial
 from typing import Any
 
 import grpc
@@ -17,8 +18,9 @@ from pdserve.proto import wire
 from pdserve.proto import worker_pb2 as pb
 from pdserve.proto import worker_pb2_grpc as pb_grpc
 from pdserve.proto.channels import SERVER_OPTIONS
-from pdserve.proto.errors import InvalidRequest
+from pdserve.proto.errors import InvalidRequest, PdserveError
 from pdserve.proto.status import answer, as_typed
+from pdserve.proto.types import HandoffId, KVPart, KVTicket, WorkerRef
 
 ACK = pb.Ack()
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -34,8 +36,9 @@ class WorkerServer:
         """A free port of `host`, ours from now on."""
         return self._server.add_insecure_port(f"{host}:0")
 
-    async def start(self, requests: WorkerRequests) -> None:
-        services = WorkerServices(requests)
+    async def start(self, requests: WorkerRequests, on_bug: Callable[[Exception], None]) -> None:
+        """`on_bug` is told what no request may do."""
+        services = WorkerServices(requests, on_bug)
         pb_grpc.add_WorkerServicer_to_server(services, self._server)
         pb_grpc.add_KVPeerServicer_to_server(services, self._server)
         await self._server.start()
@@ -47,8 +50,9 @@ class WorkerServer:
 class WorkerServices(pb_grpc.WorkerServicer, pb_grpc.KVPeerServicer):
     """What the server does for each call. Knows no server."""
 
-    def __init__(self, requests: WorkerRequests) -> None:
+    def __init__(self, requests: WorkerRequests, on_bug: Callable[[Exception], None]) -> None:
         self._requests = requests
+        self._on_bug = on_bug
 
     # pdserve.internal.v1.Worker
 
@@ -88,35 +92,66 @@ class WorkerServices(pb_grpc.WorkerServicer, pb_grpc.KVPeerServicer):
     async def Ask(self, requests: AsyncIterator[pb.PeerRequest], context: Context) -> AsyncIterator[pb.PeerReply]:
         """One reply for each request, in order, while the call lives."""
         async for request in requests:
-            try:
-                reply = self._reply(request)
-            except Exception as error:
-                failure = as_typed(error)
-                reply = pb.PeerReply(error=pb.WireError(kind=type(failure).__name__, message=failure.message))
+            reply, bug = self._answer(request)
             reply.number = request.number
             yield reply
+            if bug is not None:
+                self._on_bug(bug)
 
-    def _reply(self, request: pb.PeerRequest) -> pb.PeerReply:
-        requests = self._requests
+    def _answer(self, request: pb.PeerRequest) -> tuple[pb.PeerReply, Exception | None]:
+        """The reply, and the bug that showed: what a message that makes sense does to our books must not fail."""
+        bug = None
+        try:
+            call = self._call(request)
+        except Exception as error:
+            failure: PdserveError = InvalidRequest("request", f"makes no sense ({error}): run one version on both")
+        else:
+            try:
+                return call(), None
+            except PdserveError as error:
+                failure = error
+            except Exception as error:
+                failure, bug = as_typed(error), error
+        return pb.PeerReply(error=pb.WireError(kind=type(failure).__name__, message=failure.message)), bug
+
+    def _call(self, request: pb.PeerRequest) -> Callable[[], pb.PeerReply]:
+        """What the request asks for, decoded and not done yet."""
         match request.WhichOneof("request"):
             case "offer":
                 offer = request.offer
-                requests.require_generation(offer.target_generation)
-                requests.require_decode().offer(wire.ticket_from_wire(offer.ticket), wire.part_from_wire(offer.part))
+                ticket, part = wire.ticket_from_wire(offer.ticket), wire.part_from_wire(offer.part)
+                return partial(self._offer, offer.target_generation, ticket, part)
             case "redeem":
                 redeem = request.redeem
-                requests.require_generation(redeem.source_generation)
                 id, key = wire.handoff_from_wire(redeem.id), SendKey(redeem.link_epoch, redeem.part)
                 redemption = Redemption(id, key, redeem.first, redeem.link, redeem.link_address)
-                requests.require_prefill().redeem(wire.ref_from_wire(redeem.target), redemption)
+                return partial(self._redeem, redeem.source_generation, wire.ref_from_wire(redeem.target), redemption)
             case "renew":
-                requests.require_generation(request.renew.source_generation)
-                lost = requests.require_prefill().renew([wire.handoff_from_wire(one) for one in request.renew.ids])
-                return pb.PeerReply(lost=[wire.handoff_to_wire(handoff) for handoff in lost])
+                ids = [wire.handoff_from_wire(one) for one in request.renew.ids]
+                return partial(self._renew, request.renew.source_generation, ids)
             case "release":
                 release = request.release
-                requests.require_generation(release.source_generation)
-                requests.require_prefill().release(wire.handoff_from_wire(release.id), release.outcome)
+                id = wire.handoff_from_wire(release.id)
+                return partial(self._release, release.source_generation, id, release.outcome)
             case _:
-                raise InvalidRequest("request", "of a kind that is unknown here: run one version on both workers")
+                raise ValueError("of a kind that is unknown here")
+
+    def _offer(self, generation: int, ticket: KVTicket, part: KVPart) -> pb.PeerReply:
+        self._requests.require_generation(generation)
+        self._requests.require_decode().offer(ticket, part)
+        return pb.PeerReply()
+
+    def _redeem(self, generation: int, target: WorkerRef, redemption: Redemption) -> pb.PeerReply:
+        self._requests.require_generation(generation)
+        self._requests.require_prefill().redeem(target, redemption)
+        return pb.PeerReply()
+
+    def _renew(self, generation: int, ids: list[HandoffId]) -> pb.PeerReply:
+        self._requests.require_generation(generation)
+        lost = self._requests.require_prefill().renew(ids)
+        return pb.PeerReply(lost=[wire.handoff_to_wire(handoff) for handoff in lost])
+
+    def _release(self, generation: int, id: HandoffId, outcome: str) -> pb.PeerReply:
+        self._requests.require_generation(generation)
+        self._requests.require_prefill().release(id, outcome)
         return pb.PeerReply()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
 
@@ -27,6 +28,7 @@ from pdserve.kv_transfer.metrics import HandoffMetrics
 from pdserve.kv_transfer.peers import Peers
 from pdserve.kv_transfer.reservation import (
     Admit,
+    Effect,
     Effects,
     Fail,
     FetchPart,
@@ -39,7 +41,7 @@ from pdserve.kv_transfer.reservation import (
 )
 from pdserve.kv_transfer.reservations import ReservationTable
 from pdserve.proto.clock import now
-from pdserve.proto.errors import InternalError, PdserveError, rebuild
+from pdserve.proto.errors import InternalError, PdserveError, WorkerLost, rebuild
 from pdserve.proto.status import as_typed
 from pdserve.proto.types import HandoffId, KVLayout, KVPart, KVTicket, Phases, WorkerRef, WorkerRequest
 
@@ -81,6 +83,9 @@ class DecodeRole:
         self._table = ReservationTable(layout, timeouts)
         self._requests: dict[HandoffId, WorkerRequest] = {}
         self._timelines: dict[HandoffId, Timeline] = {}
+        self._effects: deque[Effect] = deque()
+        self._is_busy = False
+        self._may_fetch_now = True
         self._wanted_blocks = 0  # by running sequences and the queue's head, soon
 
     def expect(self, request: WorkerRequest, source: WorkerRef) -> None:
@@ -144,37 +149,51 @@ class DecodeRole:
             self._spawn(self._renew(source, handoffs))
 
     def _offer_room(self) -> None:
+        if not self._table.is_anybody_waiting:
+            return
         num_free = self._loop.ask(lambda engine: engine.pool.num_free)
         self._carry_out(self._table.on_room(num_free - self._wanted_blocks, now()))
 
     def _carry_out(self, effects: Effects) -> None:
-        for effect in effects:
-            match effect:
-                case TakeBlocks(id=handoff, num_blocks=num_blocks):
-                    self._take(handoff, num_blocks)
-                case FetchPart():
-                    self._fetch(effect)
-                case Admit():
-                    self._admit(effect)
-                case Fail(id=handoff, kind=kind, message=message):
-                    if kind not in ENDED_BY_THE_CLIENT:
-                        self._metrics.failed(kind)
-                    self._fail(handoff, rebuild(kind, message))
-                case Unreserve(num_blocks=num_blocks):
-                    self._loop.post(_unreserve(num_blocks))
-                case SendRelease(id=handoff, source=source, outcome=outcome):
-                    self._spawn(self._release(source, handoff, outcome))
-                case ReleaseHeld(block_ids=block_ids):
-                    self._loop.post(_release(block_ids, BlockState.RUNNING))
-                case FreeBlocks(block_ids=block_ids, from_quarantine=quarantined):
-                    state = BlockState.QUARANTINED if quarantined else BlockState.RECEIVING
-                    self._loop.post(_release(block_ids, state))
-                case QuarantineBlocks(block_ids=block_ids):
-                    self._loop.post(_move(block_ids, BlockState.RECEIVING, BlockState.QUARANTINED))
-                case Ignored(id=handoff, reason=reason):
-                    logger.debug("hand-off %s: ignored: %s", handoff, reason)
-                case Refused() | RenewLease():
-                    pass  # raised by `offer`; renewals are sent by `sweep`
+        """One after the other, those that come of it behind them: many parts in one go must not pile up calls."""
+        self._effects.extend(effects)
+        if self._is_busy:
+            return
+        self._is_busy = True
+        try:
+            while self._effects:
+                self._do(self._effects.popleft())
+        finally:
+            self._is_busy = False
+            self._effects.clear()  # there are some only after a bug, which ends the worker
+
+    def _do(self, effect: Effect) -> None:
+        match effect:
+            case TakeBlocks(id=handoff, num_blocks=num_blocks):
+                self._take(handoff, num_blocks)
+            case FetchPart():
+                self._fetch(effect)
+            case Admit():
+                self._admit(effect)
+            case Fail(id=handoff, kind=kind, message=message):
+                if kind not in ENDED_BY_THE_CLIENT:
+                    self._metrics.failed(kind)
+                self._fail(handoff, rebuild(kind, message))
+            case Unreserve(num_blocks=num_blocks):
+                self._loop.post(_unreserve(num_blocks))
+            case SendRelease(id=handoff, source=source, outcome=outcome):
+                self._spawn(self._release(source, handoff, outcome))
+            case ReleaseHeld(block_ids=block_ids):
+                self._loop.post(_release(block_ids, BlockState.RUNNING))
+            case FreeBlocks(block_ids=block_ids, from_quarantine=quarantined):
+                state = BlockState.QUARANTINED if quarantined else BlockState.RECEIVING
+                self._loop.post(_release(block_ids, state))
+            case QuarantineBlocks(block_ids=block_ids):
+                self._loop.post(_move(block_ids, BlockState.RECEIVING, BlockState.QUARANTINED))
+            case Ignored(id=handoff, reason=reason):
+                logger.debug("hand-off %s: ignored: %s", handoff, reason)
+            case Refused() | RenewLease():
+                pass  # raised by `offer`; renewals are sent by `sweep`
 
     def _take(self, handoff: HandoffId, num_blocks: int) -> None:
         """Blocks for the whole prompt: what is held already, then free ones."""
@@ -209,14 +228,19 @@ class DecodeRole:
         if fetch.id in self._timelines:
             self._timelines[fetch.id].started(started_s)
         try:
-            link = self._receiver.receive_now(fetch)
+            link = self._receiver.receive_now(fetch) if self._may_fetch_now else None
         except Exception as error:
             self._fetch_ended(fetch, started_s, as_typed(error))
             return
         if link is None:
             self._spawn(self._receive(fetch, started_s))
         else:
+            self._may_fetch_now = False  # not again before everybody else had a turn of the event loop
+            asyncio.get_running_loop().call_soon(self._had_a_turn)
             self._fetch_ended(fetch, started_s, link)
+
+    def _had_a_turn(self) -> None:
+        self._may_fetch_now = True
 
     async def _receive(self, fetch: FetchPart, started_s: float) -> None:
         try:
@@ -263,9 +287,12 @@ class DecodeRole:
             try:
                 await self._peers.release(source, handoff, outcome)
                 return
-            except PdserveError as error:
+            except WorkerLost as error:
                 # Not for ever: the lease at the source lapses by itself.
                 logger.warning("release of %s at %s: %s", handoff, source.worker_id, error.message)
+            except PdserveError as error:
+                logger.warning("release of %s at %s was refused: %s", handoff, source.worker_id, error.message)
+                return
 
     async def _renew(self, source: WorkerRef, handoffs: tuple[HandoffId, ...]) -> None:
         try:

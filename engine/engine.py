@@ -31,7 +31,8 @@ class Engine:
     """Runs sequences over one pool. `pool` owns the states of `cache`'s blocks.
 
     `books` is held while a step is planned and while it is booked, not while it is computed. Who holds it may take
-    blocks that nobody has and hold what is cached, from any thread; all else is for the engine's own.
+    blocks that nobody has, claim blocks of known content and let go of those claims, from any thread; all else is for
+    the engine's own.
     """
 
     def __init__(self, config: EngineConfig, loaded: LoadedModel, cache: KVCache, pool: BlockPool) -> None:
@@ -84,19 +85,7 @@ class Engine:
             with self.books:
                 self._scrub(plan.sampled, sampled)
                 done = self.scheduler.commit(plan, sampled, now())
-        num_tokens, num_decode_tokens = plan.num_tokens, plan.num_decode_tokens
-        return StepResult(
-            sequences=done.steps,
-            parts=done.parts,
-            preempted=plan.preempted,
-            num_tokens=num_tokens,
-            num_prefill_tokens=num_tokens - num_decode_tokens,
-            num_decode_tokens=num_decode_tokens,
-            num_prefix_query_tokens=plan.num_prefix_query_tokens,
-            num_prefix_hit_tokens=plan.num_prefix_hit_tokens,
-            duration_s=now() - started_s,
-            limit=plan.limit,
-        )
+        return StepResult.of(plan, done, now() - started_s)
 
     def _scrub(self, sequences: tuple[Sequence, ...], sampled: tuple[object, ...]) -> None:
         """Nobody shall inherit what made the logits of sequences that failed bad.

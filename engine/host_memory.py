@@ -12,13 +12,14 @@ import ctypes
 
 # <malloc.h> of glibc.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
-_NEVER = 2**31 - 1
+_NEVER = -1
 
 
 def keep_freed_memory() -> bool:
     """Let this process reuse what it frees; whether its C library can be told so. What it has freed before is gone.
 
-    One heap for all threads, grown and never trimmed, with allocations of any size in it.
+    One heap, grown and never trimmed, with allocations of any size in it, for all threads that come; one that has
+    allocated before keeps its own.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:

@@ -52,8 +52,8 @@ class EngineLoop:
     def ask(self, question: Callable[[Engine], T]) -> T:
         """The answer at once, in the calling thread: a step that computes is not waited for.
 
-        It may look at the pool, take blocks that nobody has, hold what is cached and let go of that again. All else
-        that gives blocks back or touches sequences is for `post`: the step may be using them.
+        It may look at the pool, take blocks that nobody has, claim blocks of known content and let go of those
+        claims. All else that gives blocks back or touches sequences is for `post`: the step may be using them.
         """
         with self._engine.books:
             return question(self._engine)

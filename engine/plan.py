@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from pdserve.engine.sequence import Finish, Sequence
 from pdserve.proto.errors import PdserveError
@@ -125,3 +125,20 @@ class StepResult:
     num_prefix_hit_tokens: int
     duration_s: float
     limit: Limit
+
+    @classmethod
+    def of(cls, plan: StepPlan, done: Committed, duration_s: float) -> Self:
+        """What became of this plan."""
+        num_tokens, num_decode_tokens = plan.num_tokens, plan.num_decode_tokens
+        return cls(
+            sequences=done.steps,
+            parts=done.parts,
+            preempted=plan.preempted,
+            num_tokens=num_tokens,
+            num_prefill_tokens=num_tokens - num_decode_tokens,
+            num_decode_tokens=num_decode_tokens,
+            num_prefix_query_tokens=plan.num_prefix_query_tokens,
+            num_prefix_hit_tokens=plan.num_prefix_hit_tokens,
+            duration_s=duration_s,
+            limit=plan.limit,
+        )

@@ -5,46 +5,51 @@ Validated once and frozen. Knows nothing of which workers exist or which links a
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from pdserve.kv_transfer.reservation import Timeouts
 
+MAX_S = 86_400.0
+
+
+Seconds = Annotated[float, Field(gt=0, le=MAX_S, allow_inf_nan=False)]
+
 
 class KVTransferConfig(BaseModel):
-    """`links` is in order of preference. All times are in seconds, all of them deadlines of one waiter."""
+    """`links` is in order of preference. All times are in seconds; the timeouts are deadlines of one waiter each."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     links: list[Literal["shm", "cuda_ipc", "nccl", "gloo"]] = Field(
         default=["shm", "cuda_ipc", "nccl", "gloo"], min_length=1
     )
-    host: str = Field(default="127.0.0.1", min_length=1)
-    """Interface on which links listen: an address or a name that peers on other hosts can reach."""
+    host: str = Field(default="127.0.0.1", pattern=r"^[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?$")
+    """Interface on which links listen: an IPv4 address or a name that peers on other hosts can reach."""
 
     wire_dtype: Literal["auto", "int8"] = "auto"
     """What KV travels in: as the prefill worker keeps it, or in int8, about a quarter of float32's bytes."""
 
-    lease_s: float = Field(default=30.0, gt=0)
+    lease_s: Seconds = 30.0
     """How long a prefill worker keeps blocks for a decode worker that stays silent."""
-    renew_s: float = Field(default=5.0, gt=0)
+    renew_s: Seconds = 5.0
     """How often a decode worker renews the leases it still wants; below `lease_s`."""
 
-    reserve_timeout_s: float = Field(default=600.0, gt=0)
+    reserve_timeout_s: Seconds = 600.0
     """Decode worker: from the router's announcement to the offer; the request's own deadline counts too."""
-    room_timeout_s: float = Field(default=600.0, gt=0)
+    room_timeout_s: Seconds = 600.0
     """Decode worker: from the offer until blocks are free."""
-    part_timeout_s: float = Field(default=600.0, gt=0)
+    part_timeout_s: Seconds = 600.0
     """Decode worker: from one part of the KV to the offer of the next."""
-    transfer_timeout_s: float = Field(default=10.0, gt=0)
+    transfer_timeout_s: Seconds = 10.0
     """Either worker: one part, opening of the link and checking of its digests included."""
-    max_pulls: int = Field(default=2, ge=1)
+    max_pulls: int = Field(default=2, ge=1, le=100)
     """How often a decode worker fetches a part that does not arrive, or arrives wrong."""
-    control_timeout_s: float = Field(default=5.0, gt=0)
+    control_timeout_s: Seconds = 5.0
     """Either worker: one control call to the other."""
 
-    offer_retry_s: float = Field(default=0.5, gt=0)
+    offer_retry_s: Seconds = 0.5
     """Prefill worker: how soon an offer without an answer is repeated."""
 
     digest_key: str = Field(default="", repr=False)
@@ -72,7 +77,7 @@ class KVTransferConfig(BaseModel):
             num_bytes = len(bytes.fromhex(key))
         except ValueError:
             raise ValueError("is not hexadecimal") from None
-        if num_bytes and not 16 <= num_bytes <= 64:
+        if key and not 16 <= num_bytes <= 64:
             raise ValueError(f"has {num_bytes} bytes, wants 16 to 64")
         return key
 
@@ -86,7 +91,8 @@ class KVTransferConfig(BaseModel):
             reserve_s=self.reserve_timeout_s,
             room_s=self.room_timeout_s,
             part_s=self.part_timeout_s,
-            transfer_s=self.transfer_timeout_s,
+            # Behind the link's own deadline: a fetch that is late reports it itself, and may be repeated.
+            transfer_s=self.transfer_timeout_s + self.control_timeout_s,
             renew_s=self.renew_s,
             max_pulls=self.max_pulls,
         )

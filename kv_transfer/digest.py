@@ -28,6 +28,9 @@ from pdserve.kv_transfer.link import PartCheck, host_rows
 from pdserve.proto.errors import CorruptKV, LayoutMismatch
 from pdserve.proto.types import HandoffId
 
+FAST = "xxh3"
+"""The one that costs little more than reading the bytes."""
+
 KEYED = "blake2b"
 ON_DEVICE = "multilinear"
 """The one that reads blocks in device memory; the others need host memory."""
@@ -81,7 +84,8 @@ class Digester:
             found = self.digests(id, layout_hash, start + first, pool, block_ids)
             if found != wanted:
                 wrong = next(i for i, digest in enumerate(found) if digest != wanted[i])
-                raise CorruptKV(f"{id}: the block at position {start + first + wrong} differs from what was sent")
+                hint = ", or kv_transfer.digest_key differs" if self.algorithm == KEYED else ""
+                raise CorruptKV(f"{id}: the block at position {start + first + wrong} differs from what was sent{hint}")
 
         return check
 

@@ -23,6 +23,8 @@ class Export:
         self.blocks = blocks
         self.layout = layout
         self._settle = settle
+        self.is_ready = blocks.device.type == "cpu"
+        """Whether `prepare` has nothing to do."""
 
     def prepare(self, block_ids: Sequence[int]) -> None:
         """These blocks are final in the pool: make them so here. Raises `TransferFailed`."""
@@ -37,6 +39,7 @@ class QuantisedExport(Export):
     ) -> None:
         super().__init__(blocks, quantised(pool_layout), settle)
         assert len(blocks) == len(pool)
+        self.is_ready = False
         self._pool = pool
         self._pool_layout = pool_layout
 

@@ -49,9 +49,9 @@ class LeaseTimes:
     retry_s: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, order=True)
 class SendKey:
-    """Which send: newer ones compare greater."""
+    """Which send: newer ones compare greater. A rebuilt link outranks every part of the one before."""
 
     link_epoch: int
     part: int

@@ -25,7 +25,6 @@ from pdserve.kv_transfer.lease import (
     Release,
     Renew,
     SendEnded,
-    SendKey,
     SendOffer,
     SendStarted,
     StartSend,
@@ -124,7 +123,7 @@ def _start_send(lease: Lease | None, event: SendStarted, now_s: float) -> LeaseS
         return lease, (Refused(event.id, "StaleReference", f"no lease for {event.id}"),)
     if event.key == lease.send:
         return lease, (Ignored(event.id, f"{event.key} was redeemed already"),)
-    if lease.send is not None and not _is_newer(event.key, lease.send):
+    if lease.send is not None and event.key < lease.send:
         return lease, (Refused(event.id, "StaleReference", f"{event.id}: {event.key} is older than {lease.send}"),)
     if not 0 <= event.key.part < len(lease.parts) or not 0 <= event.first < len(lease.parts[event.key.part]):
         message = f"{event.id}: part {event.key.part} has no block {event.first}"
@@ -134,11 +133,6 @@ def _start_send(lease: Lease | None, event: SendStarted, now_s: float) -> LeaseS
     sending = replace(_prolong(lease, now_s), state=LeaseState.SENDING, send=event.key, running=running)
     block_ids = lease.parts[event.key.part][event.first :]
     return sending, (StartSend(lease.id, lease.target, event.key, block_ids),)
-
-
-def _is_newer(key: SendKey, other: SendKey) -> bool:
-    """A rebuilt link outranks every part of the one before."""
-    return (key.link_epoch, key.part) > (other.link_epoch, other.part)
 
 
 def _end_send(lease: Lease | None, event: SendEnded) -> LeaseStep:

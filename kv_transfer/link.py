@@ -31,7 +31,7 @@ _HEADER = struct.Struct("<8sIIIQQQQ")  # magic, version, part, num_blocks, block
 HEADER_BYTES = _HEADER.size
 
 INLINE_BYTES = 1 << 20
-"""Copying or digesting this much takes less time than handing it to another thread and hearing back."""
+"""Copying this much in host memory, or digesting it with XXH3, takes less time than waking a thread and being woken."""
 
 Bytes = npt.NDArray[np.uint8]
 

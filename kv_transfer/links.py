@@ -58,6 +58,7 @@ class LinkTable(Generic[L]):
         self._dead_epochs: dict[LinkKey, int] = {}  # newest epoch that was closed, by link
         self._epochs = itertools.count(1)
         self._changed = threading.Condition()
+        self._removed: list[L] = []  # not closed yet: closing may take its time, and the lock must not
         self._is_open = True
 
     def __len__(self) -> int:
@@ -84,7 +85,10 @@ class LinkTable(Generic[L]):
         block closes the link. Raises `TransferFailed` if it is not free in time, `StaleReference` for an old
         generation or epoch, and whatever `open_link` raises.
         """
-        entry = self._claim(key, time.monotonic() + timeout_s, link_epoch)
+        try:
+            entry = self._claim(key, time.monotonic() + timeout_s, link_epoch)
+        finally:
+            self._close_removed()
         try:
             if entry.link is None:
                 entry.link = open_link(entry.link_epoch)
@@ -94,6 +98,7 @@ class LinkTable(Generic[L]):
             raise
         finally:
             self._give_back(key, entry)
+            self._close_removed()
 
     def drop_peer(self, worker_id: str, generation: int | None = None) -> None:
         """Close the links to a peer that is gone (or to one generation of it); busy ones when their user is done."""
@@ -103,12 +108,20 @@ class LinkTable(Generic[L]):
                 for key in list(self._entries)
                 if key.worker_id == worker_id and generation in (None, key.generation)
             )
+        self._close_removed()
 
     def close(self) -> None:
         """Close every link, busy ones when their user is done; no more can be used."""
         with self._changed:
             self._is_open = False
             self._doom(iter(list(self._entries)))
+        self._close_removed()
+
+    def _close_removed(self) -> None:
+        with self._changed:
+            removed, self._removed = self._removed, []
+        for link in removed:
+            link.close()
 
     def _claim(self, key: LinkKey, deadline_s: float, link_epoch: int | None) -> _Entry[L]:
         with self._changed:
@@ -182,4 +195,4 @@ class LinkTable(Generic[L]):
         del self._entries[key]
         self._dead_epochs[key] = max(entry.link_epoch, self._dead_epochs.get(key, 0))
         if entry.link is not None:
-            entry.link.close()
+            self._removed.append(entry.link)

@@ -90,7 +90,9 @@ class Peers:
         stream = self._streams.pop(peer, None)
         if stream is not None:
             stream.end(f"{peer.worker_id} is gone")
-        await self._channels.pop(peer).close()
+        channel = self._channels.pop(peer, None)
+        if channel is not None:
+            await channel.close()
 
     async def _ask(self, peer: WorkerRef, request: pb.PeerRequest) -> pb.PeerReply:
         reply = await self._stream(peer).ask(request, self._timeout_s)
@@ -162,6 +164,9 @@ class _Stream:
         why = f"{self._who} ended the conversation"
         try:
             async for reply in self._call:
+                if reply is None:  # what gRPC makes of one that is no message of ours
+                    why = f"{self._who} says what nobody understands: run one version on both"
+                    break
                 waiting = self._waiting.get(reply.number)
                 if waiting is not None and not waiting.done():
                     waiting.set_result(reply)

@@ -265,7 +265,7 @@ class RenewLease:
     source: WorkerRef
 
 
-ReservationEffect = (
+Effect = (
     TakeBlocks
     | FetchPart
     | Admit
@@ -279,5 +279,5 @@ ReservationEffect = (
     | Refused
     | Ignored
 )
-Effects = tuple[ReservationEffect, ...]
+Effects = tuple[Effect, ...]
 ReservationStep = tuple[Reservation | None, Effects]

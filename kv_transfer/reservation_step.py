@@ -13,6 +13,7 @@ from pdserve.kv_transfer.reservation import (
     Admit,
     BlocksRefused,
     BlocksTaken,
+    Effect,
     Effects,
     Expect,
     Fail,
@@ -24,7 +25,6 @@ from pdserve.kv_transfer.reservation import (
     RenewDue,
     RenewLease,
     Reservation,
-    ReservationEffect,
     ReservationEvent,
     ReservationStep,
     Room,
@@ -33,7 +33,7 @@ from pdserve.kv_transfer.reservation import (
     Tick,
     Unreserve,
 )
-from pdserve.proto.types import HandoffId, KVPart, KVTicket
+from pdserve.proto.types import HandoffId, KVPart, KVTicket, WorkerRef
 
 WORTH_A_SECOND_PULL = frozenset({"TransferFailed", "CorruptKV"})
 """The source still leases the blocks: what came wrong may come right over a new link."""
@@ -118,11 +118,8 @@ def _not_meant_here(reservation: Reservation | None, ticket: KVTicket, part: KVP
     if reservation is None or reservation.phase is Phase.QUARANTINED:
         return "is not expected here"
     expected, offering = reservation.source, ticket.source
-    if (offering.worker_id, offering.generation) != (expected.worker_id, expected.generation):
-        return (
-            f"is expected from {expected.worker_id} generation {expected.generation}, "
-            f"not from {offering.worker_id} generation {offering.generation}"
-        )
+    if offering != expected:  # its address counts too: where KV is fetched is for the router to say
+        return f"is expected from {_words(expected)}, not from {_words(offering)}"
     if reservation.ticket is not None and reservation.ticket != ticket:
         return "was offered with another ticket"
     if part.index > len(reservation.parts):
@@ -130,6 +127,10 @@ def _not_meant_here(reservation: Reservation | None, ticket: KVTicket, part: KVP
     if part.index < len(reservation.parts) and reservation.parts[part.index] != part:
         return f"part {part.index} was offered with other blocks"
     return ""
+
+
+def _words(worker: WorkerRef) -> str:
+    return f"{worker.worker_id} generation {worker.generation} at {worker.address}"
 
 
 def _unusable(reservation: Reservation, ticket: KVTicket, part: KVPart) -> str:
@@ -278,5 +279,5 @@ def _give_back(id: HandoffId, block_ids: tuple[int, ...], num_held: int, reason:
     return freed + _release_held(id, block_ids[:num_held])
 
 
-def _release_held(id: HandoffId, block_ids: tuple[int, ...]) -> tuple[ReservationEffect, ...]:
+def _release_held(id: HandoffId, block_ids: tuple[int, ...]) -> tuple[Effect, ...]:
     return (ReleaseHeld(id, block_ids),) if block_ids else ()

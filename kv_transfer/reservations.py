@@ -1,4 +1,4 @@
-"""Owner of every reservation of one decode worker: a thin table over `reservation.step`.
+"""Owner of every reservation of one decode worker: a thin table over `reservation_step.step`.
 
 Each method returns what to do, in order. Room is given in order of offers; an offer that does not fit holds back
 those behind it, so that a long prompt is not starved by short ones. Knows no clock and does no I/O.
@@ -44,6 +44,11 @@ class ReservationTable:
     @property
     def reservations(self) -> Mapping[HandoffId, Reservation]:
         return MappingProxyType(self._reservations)
+
+    @property
+    def is_anybody_waiting(self) -> bool:
+        """For blocks that were not asked for yet."""
+        return any(entry.phase is Phase.OFFERED and not entry.asked for entry in self._reservations.values())
 
     @property
     def quarantined_blocks(self) -> int:

@@ -21,7 +21,7 @@ from pdserve.engine.engine import Engine
 from pdserve.engine.loop import EngineLoop
 from pdserve.engine.plan import ComputedPart
 from pdserve.engine.sequence import Sequence
-from pdserve.kv_transfer.digest import Digester
+from pdserve.kv_transfer.digest import FAST, Digester
 from pdserve.kv_transfer.effects import FreeBlocks, Ignored, QuarantineBlocks
 from pdserve.kv_transfer.export import Export
 from pdserve.kv_transfer.lease import (
@@ -170,7 +170,8 @@ class PrefillRole:
 
     async def _digest(self, offer: SendOffer) -> tuple[int, ...]:
         """Digests of the part's blocks, ready to be read: beside the next chunk's computation, unless they are few."""
-        if len(offer.block_ids) * self._export.layout.block_bytes <= INLINE_BYTES:
+        num_bytes = len(offer.block_ids) * self._export.layout.block_bytes
+        if num_bytes <= INLINE_BYTES and self._export.is_ready and self._digester.algorithm == FAST:
             return self._prepare(offer)
         return await asyncio.to_thread(self._prepare, offer)
 

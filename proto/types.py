@@ -273,7 +273,7 @@ class SequenceEvent:
     """What one step did for one sequence. `index` is the completion position of `tokens[0]`.
 
     `finish_reason` and `error` end the sequence on the sending worker. `phases` rides on the worker's
-    last event for the sequence (on a prefill worker: the first token).
+    first and last event for the sequence.
     """
 
     id: HandoffId

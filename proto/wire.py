@@ -6,6 +6,8 @@ Each pair is `x_to_wire` / `x_from_wire` and loses nothing.
 
 from __future__ import annotations
 
+import math
+
 from pdserve.proto import worker_pb2 as pb
 from pdserve.proto.types import (
     EventError,
@@ -109,6 +111,9 @@ def layout_to_wire(value: KVLayout) -> pb.KVLayout:
 
 
 def layout_from_wire(message: pb.KVLayout) -> KVLayout:
+    """Raises ValueError for one that no memory can have."""
+    if not all((message.num_layers, message.num_kv_heads, message.head_dim, message.block_size)):
+        raise ValueError("a KV layout with a size of 0")
     return KVLayout(
         message.model_hash,
         message.dtype,
@@ -209,6 +214,9 @@ def ticket_to_wire(value: KVTicket) -> pb.KVTicket:
 
 
 def ticket_from_wire(message: pb.KVTicket) -> KVTicket:
+    """Raises ValueError for one that nobody can redeem."""
+    if not message.num_tokens or not 0.0 < message.lease_s < math.inf:
+        raise ValueError("a ticket for nothing, or without time")
     return KVTicket(
         id=handoff_from_wire(message.id),
         source=ref_from_wire(message.source),

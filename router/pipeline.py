@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from pdserve.proto.clock import now
-from pdserve.proto.errors import DeadlineExceeded, InvalidRequest, Unavailable
+from pdserve.proto.errors import DeadlineExceeded, Unavailable
 from pdserve.proto.types import HandoffId, WorkerRequest
 from pdserve.router.admission import Admission, Verdict
 from pdserve.router.completion import Completion, Ending
@@ -36,7 +36,7 @@ from pdserve.router.connection import WorkerConnection
 from pdserve.router.fleet import Fleet
 from pdserve.router.inbox import Inbox
 from pdserve.router.metrics import RouterMetrics
-from pdserve.router.policy import Pending, Policy, why_nobody
+from pdserve.router.policy import Pending, Policy, place
 from pdserve.router.writer import Emit, Job, Writer
 
 LOG = logging.getLogger("pdserve.router")
@@ -154,15 +154,8 @@ class Pipeline:
 
     def _place(self, job: Job) -> _Run:
         """Choose the workers and listen to them. Raises Unavailable, or InvalidRequest for what fits nowhere."""
-        views = self._fleet.views()
-        num_tokens = len(job.prompt_token_ids) + 1
-        roomy = [view for view in views if view.layout.num_blocks(num_tokens) <= view.load.total_blocks]
-        placement = self._policy(roomy, len(job.prompt_token_ids), self._turn)
-        self._turn += 1
-        if placement is None:
-            if self._policy(views, len(job.prompt_token_ids), self._turn) is not None:
-                raise InvalidRequest("input", "the prompt needs more KV blocks than any worker has")
-            raise Unavailable(why_nobody(views))
+        turn, self._turn = self._turn, self._turn + 1
+        placement = place(self._policy, self._fleet.views(), len(job.prompt_token_ids), turn)
         LOG.debug("%s -> %s, %s: %s", job.request_id, placement.prefill_id, placement.decode_id, placement.reason)
         id = HandoffId(job.request_id, next(self._attempts) & MAX_ATTEMPT, self._epoch)
         completion = Completion(placement.prefill_id, placement.decode_id, self._max_buffered_tokens)
@@ -170,7 +163,7 @@ class Pipeline:
         legs = {name: self._fleet.connection(name) for name in (placement.decode_id, placement.prefill_id)}
         for name, leg in legs.items():
             prompt_tokens = len(job.prompt_token_ids) if name == placement.prefill_id else 0
-            leg.attach(id, inbox, Pending(1, prompt_tokens, leg.info.layout.num_blocks(num_tokens)))
+            leg.attach(id, inbox, Pending(1, prompt_tokens, leg.info.layout.num_blocks(len(job.prompt_token_ids) + 1)))
         run = _Run(id, job, inbox, legs, {})
         inbox.on_error = partial(self._abort, run, "the request has failed")
         return run

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from pdserve.proto.errors import InvalidRequest, Unavailable
 from pdserve.proto.types import KVLayout, Role, WorkerLoad
 
 
@@ -118,6 +119,18 @@ def least_loaded(views: Sequence[WorkerView], prompt_tokens: int, turn: int) -> 
     prefill, decode = possible[best]
     reason = f"{ahead:.1f} requests of work ahead" + (", no decode worker has room" if full else "")
     return Placement(prefill.worker_id, decode.worker_id, reason)
+
+
+def place(policy: Policy, views: Sequence[WorkerView], prompt_tokens: int, turn: int) -> Placement:
+    """Where a request goes. Raises Unavailable, or InvalidRequest for what fits nowhere."""
+    num_tokens = prompt_tokens + 1
+    roomy = [view for view in views if view.layout.num_blocks(num_tokens) <= view.load.total_blocks]
+    placement = policy(roomy, prompt_tokens, turn)
+    if placement is not None:
+        return placement
+    if policy(views, prompt_tokens, turn) is not None:
+        raise InvalidRequest("input", "the prompt needs more KV blocks than any worker has")
+    raise Unavailable(why_nobody(views))
 
 
 POLICIES: dict[str, Policy] = {"round_robin": round_robin, "least_loaded": least_loaded}

@@ -156,3 +156,14 @@ async def test_a_second_stream_of_an_epoch_replaces_the_first() -> None:
     assert hub.close(1, second)
     with pytest.raises(StaleReference):
         hub.require(1)
+
+
+@pytest.mark.parametrize("host", ["no.such.host.invalid", "10.255.255.1", "300.1.1.1"])
+def test_a_host_that_nothing_can_listen_on_is_refused_by_name(host: str) -> None:
+    with pytest.raises(ConfigError, match=r"kv_transfer\.host: nothing can listen on"):
+        launch.check_host(host)
+
+
+def test_a_host_of_this_machine_is_fine() -> None:
+    launch.check_host("127.0.0.1")
+    launch.check_host("localhost")

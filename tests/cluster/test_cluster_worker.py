@@ -47,6 +47,11 @@ def hold_transfers(monkeypatch: pytest.MonkeyPatch, decode: Routerless) -> tuple
     return begun, go_on
 
 
+def tasks_named(worker: Routerless, name: str) -> list[asyncio.Task[None]]:
+    """The worker's tasks that run this method."""
+    return [task for task in worker.worker._tasks if name in repr(task.get_coro())]
+
+
 @pytest.mark.parametrize("links", LINKS, ids="-".join)
 async def test_tokens_are_those_of_generate_and_every_block_comes_back(links: Any, family_dir: FamilyDir) -> None:
     model = family_dir("llama")
@@ -143,6 +148,7 @@ async def test_kv_of_an_aborted_request_is_never_offered(
         await abort(prefill, id=id)  # the prefill worker loses it first: its router's stream broke, say
         go_on.set()
         await drained(prefill)
+        await prefill.wait_for(lambda: not tasks_named(prefill, "_offer"), "the end of the offer")
         monkeypatch.undo()
         other = await start(prefill, decode, make_request("other", random_prompt(40, 1)))
         assert (await decode.ended(other)).finish_reason is FinishReason.LENGTH

@@ -231,3 +231,33 @@ def test_a_pool_of_another_size_is_refused() -> None:
 def test_the_host_is_the_same_for_every_process_of_this_user() -> None:
     assert host_id() == host_id()
     assert str(os.getuid()) in host_id()
+
+
+def test_a_link_that_takes_its_time_to_close_keeps_nobody_from_another() -> None:
+    table: LinkTable[Slow] = LinkTable(4)
+    other = LinkKey("p1", 1, "gloo")
+    with table.use(other, Slow.over(table, other), 1.0):
+        pass
+    key = LinkKey("p0", 1, "gloo")
+    with table.use(key, Slow.over(table, other), 1.0) as (link, _):
+        pass
+    table.drop_peer("p0", 1)
+    assert link.saw_idle == [True]
+
+
+class Slow:
+    """A link; another thread looks at the table while this one is being closed."""
+
+    def __init__(self, table: LinkTable[Slow], other: LinkKey) -> None:
+        self.table = table
+        self.other = other
+        self.saw_idle: list[bool] = []
+
+    @classmethod
+    def over(cls, table: LinkTable[Slow], other: LinkKey) -> Callable[[int], Slow]:
+        return lambda epoch: cls(table, other)
+
+    def close(self) -> None:
+        looking = threading.Thread(target=lambda: self.saw_idle.append(self.table.is_idle(self.other)), daemon=True)
+        looking.start()
+        looking.join(5.0)

@@ -156,18 +156,49 @@ async def test_a_stream_that_broke_ends_its_requests_and_the_next_one_opens_anot
     await asyncio.wait_for(release(peers, peer.ref), WAIT_S)
 
 
-async def test_requests_without_an_answer_end_at_their_deadline_and_spare_the_others(peer: Peer) -> None:
-    peers = Peers(timeout_s=0.2)
+class LatePeer(Peer):
+    """Answers nothing but renewals, those in the reverse order once `num_wanted` are there and it may."""
+
+    num_wanted = 1
+
+    async def Ask(self, requests: AsyncIterator[pb.PeerRequest], context: Any) -> AsyncIterator[pb.PeerReply]:
+        replies: list[pb.PeerReply] = []
+        async for request in requests:
+            if request.WhichOneof("request") != "renew":
+                continue
+            replies.append(pb.PeerReply(number=request.number, lost=list(request.renew.ids)[1:]))
+            if len(replies) == self.num_wanted:
+                self.asked.set()
+                await self.may_answer.wait()
+                while replies:
+                    yield replies.pop()
+
+
+@pytest.fixture
+async def late_peer() -> AsyncIterator[LatePeer]:
+    peer = LatePeer(generation=2)
+    await peer.server.start()
+    yield peer
+    await peer.server.stop(None)
+
+
+async def test_a_request_without_an_answer_ends_at_its_deadline_and_spares_the_others(late_peer: LatePeer) -> None:
+    peers, hasty = Peers(timeout_s=WAIT_S), HandoffId("r", 1, 1)
+    under_way = asyncio.create_task(peers.renew(late_peer.ref, [ID, hasty]))
+    await late_peer.asked.wait()
+    peers._timeout_s = 0.1
     with pytest.raises(WorkerLost, match="in time"):
-        await release(peers, peer.ref)
-    peer.may_answer.set()
-    await release(peers, peer.ref)
+        await release(peers, late_peer.ref)
+    late_peer.may_answer.set()
+    assert await asyncio.wait_for(under_way, WAIT_S) == [hasty]
     await peers.close()
 
 
-async def test_replies_find_those_who_asked(peer: Peer, peers: Peers) -> None:
-    ids = [[HandoffId(f"r{number}", 0, 1), HandoffId(f"r{number}", 1, 1)] for number in range(40)]
-    lost = await asyncio.gather(*(peers.renew(peer.ref, pair) for pair in ids))
+async def test_replies_find_those_who_asked_in_whatever_order_they_come(late_peer: LatePeer, peers: Peers) -> None:
+    late_peer.num_wanted = 20
+    late_peer.may_answer.set()
+    ids = [[HandoffId(f"r{number}", 0, 1), HandoffId(f"r{number}", 1, 1)] for number in range(20)]
+    lost = await asyncio.gather(*(peers.renew(late_peer.ref, pair) for pair in ids))
     assert lost == [[second] for _, second in ids]
 
 

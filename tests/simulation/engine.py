@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +26,7 @@ from pdserve.engine.loop import Command, EngineLoop
 from pdserve.engine.plan import Committed, ScheduledSequence, StepPlan, StepResult
 from pdserve.engine.scheduler import Scheduler
 from pdserve.engine.sequence import Sequence
-from pdserve.engine.turn import Turn
+from pdserve.engine.turn import Turn, turn_of
 from pdserve.proto.clock import now
 from pdserve.proto.errors import InternalError, PdserveError
 from pdserve.proto.types import HandoffId, KVLayout, TokenInfo
@@ -145,29 +146,20 @@ class SimEngine(Engine):
         self._trace = trace
         self._place = place
 
-    def step(self, now_s: Callable[[], float]) -> StepResult:
-        """All at once; the loop lets the time pass afterwards."""
+    def begin(self) -> tuple[StepPlan, tuple[TokenInfo | PdserveError, ...]]:
+        """Plan a step and compute it. Others may take blocks before it is booked."""
         plan = self.scheduler.schedule(now())
-        done = Committed()
         self.last_step_s = 0.0
-        if plan.scheduled:
-            sampled = self._run(plan)
-            self._scrub(plan.sampled, sampled)
-            done = self.scheduler.commit(plan, sampled, now())
-            self.last_step_s = self._size.step_s * self._random.uniform(0.8, 1.2) + self._size.token_s * plan.num_tokens
+        if not plan.scheduled:
+            return plan, ()
+        self.last_step_s = self._size.step_s * self._random.uniform(0.8, 1.2) + self._size.token_s * plan.num_tokens
+        return plan, self._run(plan)
+
+    def book(self, plan: StepPlan, sampled: tuple[TokenInfo | PdserveError, ...]) -> StepResult:
+        self._scrub(plan.sampled, sampled)
+        done = self.scheduler.commit(plan, sampled, now()) if plan.scheduled else Committed()
         self._record(plan, done)
-        return StepResult(
-            sequences=done.steps,
-            parts=done.parts,
-            preempted=plan.preempted,
-            num_tokens=plan.num_tokens,
-            num_prefill_tokens=plan.num_tokens - plan.num_decode_tokens,
-            num_decode_tokens=plan.num_decode_tokens,
-            num_prefix_query_tokens=plan.num_prefix_query_tokens,
-            num_prefix_hit_tokens=plan.num_prefix_hit_tokens,
-            duration_s=self.last_step_s,
-            limit=plan.limit,
-        )
+        return StepResult.of(plan, done, self.last_step_s)
 
     def _run(self, plan: StepPlan) -> tuple[TokenInfo | PdserveError, ...]:
         runner: SimRunner = self._runner  # type: ignore[assignment]
@@ -194,7 +186,7 @@ class SimEngine(Engine):
 
 
 class SimEngineLoop(EngineLoop):
-    """The real loop's turns, on the simulation's time."""
+    """The turns of the real loop on the simulation's time: commands, a plan, the time that it takes, its booking."""
 
     def __init__(
         self,
@@ -204,10 +196,8 @@ class SimEngineLoop(EngineLoop):
         loop: SimLoop,
         process: Process,
     ) -> None:
-        self._done: list[Turn] = []
-        super().__init__(engine, self._done.append, on_crash)
+        super().__init__(engine, on_turn, on_crash)
         self._sim_engine = engine
-        self._publish = on_turn
         self._loop = loop
         self._process = process
         self._is_awake = False
@@ -216,22 +206,36 @@ class SimEngineLoop(EngineLoop):
         self._commands.append(command)
         if not self._is_awake:
             self._is_awake = True
-            self._loop.call_later(0.0001, self._take_turn)
+            self._loop.call_later(0.0001, self._guarded, self._begin)
 
-    def _take_turn(self) -> None:
-        self._sim_engine.last_step_s = 0.0
+    def _guarded(self, act: Callable[..., None], *arguments: Any) -> None:
         try:
-            goes_on = self._turn()
+            act(*arguments)
         except Exception as error:
             self._on_crash(error)  # and never awake again, as a thread that has ended
-            return
-        self._loop.call_later(self._sim_engine.last_step_s * self._process.slowness, self._end_turn, goes_on)
 
-    def _end_turn(self, goes_on: bool) -> None:
-        turns, self._done[:] = list(self._done), []
-        for turn in turns:
-            self._publish(turn)
+    def _begin(self) -> None:
+        engine, commanded = self._sim_engine, bool(self._commands)
+        while self._commands:
+            self._commands.popleft()(engine)
+        if not engine.has_work:
+            self._end(None, commanded)
+            return
+        plan, sampled = engine.begin()
+        self._loop.call_later(engine.last_step_s * self._process.slowness, self._guarded, self._book, plan, sampled)
+
+    def _book(self, plan: StepPlan, sampled: tuple[TokenInfo | PdserveError, ...]) -> None:
+        step = self._sim_engine.book(plan, sampled)
+        self._num_steps += 1
+        self._num_preemptions += len(step.preempted)
+        self._end(step, True)
+
+    def _end(self, step: StepResult | None, is_news: bool) -> None:
+        engine = self._sim_engine
+        if is_news:
+            self._on_turn(turn_of(step, engine.pool, engine.scheduler, self._num_steps, self._num_preemptions))
+        goes_on = step is not None and (step.num_tokens > 0 or bool(step.preempted))
         if goes_on or self._commands:
-            self._loop.call_later(0.00005, self._take_turn)
+            self._loop.call_later(0.00005, self._guarded, self._begin)
         else:
             self._is_awake = False

@@ -80,7 +80,7 @@ class WatchedReservations(ReservationTable):
         self,
         event: reservation.ReservationEvent,
         before: reservation.Reservation | None,
-        effect: reservation.ReservationEffect,
+        effect: reservation.Effect,
     ) -> None:
         trace, place = self._trace, self._place
         match effect:

@@ -75,8 +75,8 @@ class Surroundings:
 class WatchedServices(WorkerServices):
     """The real ones; nothing may be accepted after its abort, or a second time after its end."""
 
-    def __init__(self, requests: WorkerRequests, trace: Trace) -> None:
-        super().__init__(requests)
+    def __init__(self, requests: WorkerRequests, on_bug: Callable[[Exception], None], trace: Trace) -> None:
+        super().__init__(requests, on_bug)
         self._place = requests.worker_id
         self._trace = trace
         self._aborted: set[HandoffId] = set()
@@ -157,7 +157,7 @@ class SimWorker:
         self._engine_loop.post(lambda engine: None)
         await self._turned.wait()
         address = self.info.worker.address
-        self._around.rpc.listen(address, self.process, (WatchedServices(self.requests, self._trace),))
+        self._around.rpc.listen(address, self.process, (WatchedServices(self.requests, self._crashed, self._trace),))
         if "shm" in self.info.link_address:
             self._around.wires.share(self.info.link_address["shm"], self.engine.memory.numpy())
         self._spawn(self._sweep())
