@@ -25,12 +25,22 @@ HASH_BLOCK_TOKENS = 512
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """One request to come, `at_s` after the start. Equal `prefix_ids` stand for equal blocks of prompt tokens."""
+    """One request to come, `at_s` after the start. Equal `prefix_ids` stand for equal blocks of prompt tokens.
+
+    `slo_class`, `priority` and `tenant` are whom it is for. A turn of a conversation names its `session`, and
+    `num_history_tokens` of its prompt, from the front, are the turn before: its prompt and its answer. The ids cover
+    whole blocks only there, so that they promise up to one block less than the history.
+    """
 
     at_s: float
     num_prompt_tokens: int
     max_tokens: int
     prefix_ids: tuple[int, ...] = ()
+    slo_class: str | None = None
+    priority: int = 0
+    tenant: str | None = None
+    session: int | None = None
+    num_history_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +92,19 @@ def _synthesize(workload: Workload, num_requests: int, random: np.random.Generat
         yield Arrival(at_s, workload.prompt.draw(random), workload.output.draw(random))
 
 
+def fit_lengths(num_prompt_tokens: int, max_tokens: int, max_model_len: int) -> tuple[int, int]:
+    """Lengths that a context holds: what does not fit has its output cut to half of it, its prompt to the rest."""
+    if num_prompt_tokens + max_tokens <= max_model_len:
+        return num_prompt_tokens, max_tokens
+    max_tokens = min(max_tokens, max(1, max_model_len // 2))
+    return min(num_prompt_tokens, max(1, max_model_len - max_tokens)), max_tokens
+
+
 def fit(arrival: Arrival, max_model_len: int) -> Arrival:
-    """The arrival cut to what the model's context holds: the output to at most half of it, the prompt to the rest."""
-    max_tokens = min(arrival.max_tokens, max(1, max_model_len // 2))
-    num_prompt_tokens = min(arrival.num_prompt_tokens, max(1, max_model_len - max_tokens))
-    if (num_prompt_tokens, max_tokens) == (arrival.num_prompt_tokens, arrival.max_tokens):
+    """The arrival cut to what the model's context holds."""
+    asked = arrival.num_prompt_tokens, arrival.max_tokens
+    num_prompt_tokens, max_tokens = fitted = fit_lengths(*asked, max_model_len)
+    if fitted == asked:
         return arrival
     return replace(arrival, num_prompt_tokens=num_prompt_tokens, max_tokens=max_tokens)
 

@@ -46,6 +46,7 @@ class BlockPool:
         assert num_blocks > 0
         self.num_blocks = num_blocks
         self._claims = {state: [0] * num_blocks for state in CLAIMS}
+        self._num_claims = [0] * num_blocks  # their sums: most blocks have one claim, and need no look at the others
         self._free = deque(range(num_blocks))
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
         self._keys: dict[int, bytes] = {}
@@ -79,7 +80,7 @@ class BlockPool:
         return BlockState.CACHED if block_id in self._keys else BlockState.FREE
 
     def num_claims(self, block_id: int) -> int:
-        return sum(claims[block_id] for claims in self._claims.values())
+        return self._num_claims[block_id]
 
     def can_take(self, num_blocks: int) -> bool:
         return num_blocks <= self.num_free
@@ -90,8 +91,10 @@ class BlockPool:
         assert state in CLAIMS, f"{state} is no claim"
         assert self.can_take(num_blocks), f"took {num_blocks} blocks of {self.num_free} free ones"
         block_ids = [self._free.popleft() if self._free else self._evict() for _ in range(num_blocks)]
+        claims, num_claims = self._claims[state], self._num_claims
         for block_id in block_ids:
-            self._claim(block_id, state, 1)
+            claims[block_id] = num_claims[block_id] = 1
+        self._count_change(BlockState.FREE, state, num_blocks)
         return block_ids
 
     def share(self, block_ids: Iterable[int], state: BlockState) -> None:
@@ -110,17 +113,32 @@ class BlockPool:
         assert target_state in CLAIMS, f"{target_state} is no claim"
         assert target_state is not BlockState.RECEIVING, "only blocks of unknown content are written to: take them"
         self._check_claimed(moved, source_state)
+        if source_state is target_state:
+            return
+        source, target, num_single = self._claims[source_state], self._claims[target_state], 0
         for block_id in moved:
-            self._claim(block_id, target_state, 1)
-            self._claim(block_id, source_state, -1)
+            if self._num_claims[block_id] == 1:
+                source[block_id], target[block_id] = 0, 1
+                num_single += 1
+            else:
+                self._claim(block_id, target_state, 1)
+                self._claim(block_id, source_state, -1)
+        self._count_change(source_state, target_state, num_single)
 
     def release(self, block_ids: Iterable[int], state: BlockState) -> None:
         """Give up one claim on each of these blocks. What they hold is lost in the reverse order."""
         released = list(block_ids)
         self._check_claimed(released, state)
+        claims, num_claims, freed = self._claims[state], self._num_claims, list[int]()
         for block_id in reversed(released):
-            self._claim(block_id, state, -1)
-        self._free.extend(block_id for block_id in released if self.state(block_id) is BlockState.FREE)
+            if num_claims[block_id] == 1 and block_id not in self._keys:
+                claims[block_id] = num_claims[block_id] = 0
+                freed.append(block_id)
+            else:
+                self._claim(block_id, state, -1)
+        self._count_change(state, BlockState.FREE, len(freed))
+        freed.reverse()
+        self._free.extend(freed)
 
     def label(self, block_id: int, key: bytes) -> None:
         """The block's content is final and can be found by `key`, unless another block can already."""
@@ -173,7 +191,9 @@ class BlockPool:
             assert (state is BlockState.FREE) == (block_id in free), f"block {block_id} is {state}, free list disagrees"
             is_cached = block_id in self._cached
             assert (state is BlockState.CACHED) == is_cached, f"block {block_id} is {state}: cache disagrees"
-            assert all(claims[block_id] >= 0 for claims in self._claims.values()), f"block {block_id} owes a claim"
+            claims = [of_state[block_id] for of_state in self._claims.values()]
+            assert all(claim >= 0 for claim in claims), f"block {block_id} owes a claim"
+            assert sum(claims) == self._num_claims[block_id], f"block {block_id}: claims counted wrong"
             if self._claims[BlockState.RECEIVING][block_id]:
                 assert self.num_claims(block_id) == 1, f"block {block_id} is being written to and is shared"
                 assert block_id not in self._keys, f"block {block_id} is being written to and has a label"
@@ -187,15 +207,19 @@ class BlockPool:
         """One claim more or less. Where a block leaves or enters the free list is the caller's part."""
         before = self.state(block_id)
         self._claims[state][block_id] += change
+        self._num_claims[block_id] += change
         after = self.state(block_id)
         if before is after:
             return
-        self._counts[before] -= 1
-        self._counts[after] += 1
+        self._count_change(before, after, 1)
         if before is BlockState.CACHED:
             del self._cached[block_id]
         elif after is BlockState.CACHED:
             self._cached[block_id] = None
+
+    def _count_change(self, before: BlockState, after: BlockState, num_blocks: int) -> None:
+        self._counts[before] -= num_blocks
+        self._counts[after] += num_blocks
 
     def _evict(self) -> int:
         """The least recently used cached block, free now and not in the free list."""
@@ -211,11 +235,12 @@ class BlockPool:
 
     def _check_ids(self, block_ids: list[int]) -> None:
         assert len(set(block_ids)) == len(block_ids), f"a block is named twice in {block_ids}"
-        for block_id in block_ids:
-            assert 0 <= block_id < self.num_blocks, f"block {block_id} does not exist"
+        unknown = [block_id for block_id in block_ids if not 0 <= block_id < self.num_blocks]
+        assert not unknown, f"blocks {unknown} do not exist"
 
     def _check_claimed(self, block_ids: list[int], state: BlockState) -> None:
         assert state in CLAIMS, f"{state} is no claim"
         self._check_ids(block_ids)
+        claims = self._claims[state]
         for block_id in block_ids:
-            assert self._claims[state][block_id], f"block {block_id} is {self.state(block_id)}, not {state}"
+            assert claims[block_id], f"block {block_id} is {self.state(block_id)}, not {state}"

@@ -1,0 +1,96 @@
+"""An engine that computes nothing: the real scheduler over the real block pool, with steps that only take their time.
+
+Takes the turns of the real engine's loop: commands first, then a step, then the word to whoever listens. Tokens have no
+value, so a completion ends by its length. Knows nothing of roles, of links or of where requests come from.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+from pdserve.cluster.planner.clock import Clock
+from pdserve.cluster.planner.step_shape import StepShape, chunk_pairs
+from pdserve.engine.plan import Committed, StepPlan, StepResult
+from pdserve.engine.scheduler import Scheduler
+from pdserve.engine.turn import Turn, turn_of
+from pdserve.proto.types import TokenInfo
+
+Command = Callable[[Scheduler], object]
+Duration = Callable[[StepShape], float]
+TOKEN = TokenInfo(0)
+
+
+class VirtualEngine:
+    """Owner of a scheduler's turns. `duration_s` is what a step takes on the hardware that is simulated."""
+
+    def __init__(
+        self, clock: Clock, scheduler: Scheduler, duration_s: Duration, on_turn: Callable[[Turn], None]
+    ) -> None:
+        self.scheduler = scheduler
+        self.pool = scheduler.pool
+        self.busy_s = 0.0
+        self._clock = clock
+        self._duration_s = duration_s
+        self._on_turn = on_turn
+        self._commands: deque[Command] = deque()
+        self._is_awake = False
+        self._num_steps = 0
+        self._num_preemptions = 0
+
+    def post(self, command: Command) -> None:
+        """Run `command` before the next step, in order of posting."""
+        self._commands.append(command)
+        if not self._is_awake:
+            self._is_awake = True
+            self._clock.after(0.0, self._turn)
+
+    def _turn(self) -> None:
+        """Commands, then a step if there is one to take; asleep when another turn would achieve nothing."""
+        while True:
+            scheduler, commands = self.scheduler, self._commands
+            commanded = bool(commands)
+            while commands:
+                commands.popleft()(scheduler)
+            if not scheduler.has_work:
+                if commanded:
+                    self._publish(None)
+                if not commands:
+                    self._is_awake = False
+                    return
+                continue
+            plan = scheduler.schedule(self._clock.now_s)
+            if plan.scheduled:
+                duration_s = self._duration_s(shape_of(plan))
+                self._clock.after(duration_s, self._computed, plan, duration_s)
+                return
+            self._publish(StepResult.of(plan, Committed(), 0.0))
+            if not plan.preempted and not commands:
+                self._is_awake = False
+                return
+
+    def _computed(self, plan: StepPlan, duration_s: float) -> None:
+        self.busy_s += duration_s
+        done = self.scheduler.commit(plan, (TOKEN,) * len(plan.sampled), self._clock.now_s)
+        self._publish(StepResult.of(plan, done, duration_s))
+        self._turn()
+
+    def _publish(self, step: StepResult | None) -> None:
+        if step is not None:
+            self._num_steps += 1
+            self._num_preemptions += len(step.preempted)
+        self._on_turn(turn_of(step, self.pool, self.scheduler, self._num_steps, self._num_preemptions))
+
+
+def shape_of(plan: StepPlan) -> StepShape:
+    """What the step's duration depends on."""
+    num_prefill_tokens = num_decodes = context_tokens = 0
+    pairs = 0.0
+    for sequence, start, num_tokens, _ in plan.scheduled:
+        if num_tokens == 1 and start >= len(sequence.request.prompt_token_ids):
+            num_decodes += 1
+            context_tokens += start + 1
+        else:
+            num_prefill_tokens += num_tokens
+            pairs += chunk_pairs(num_tokens, start)
+    return StepShape(num_prefill_tokens, pairs, num_decodes, context_tokens)

@@ -1,0 +1,192 @@
+"""A simulated router: the real admission and policy over loads that are as old as a real router's.
+
+A request's life is the pipeline's, without I/O: admitted, queued or refused, then placed, expected, prefilled and
+streamed; it ends once, with its last token or with a reason. Knows nothing of how workers work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from pdserve.cluster.arrivals import Arrival
+from pdserve.cluster.planner.clock import Clock
+from pdserve.cluster.planner.virtual_worker import VirtualWorker
+from pdserve.engine.plan import SequenceStep
+from pdserve.proto.errors import PdserveError
+from pdserve.proto.types import HandoffId, RequestTiming, SamplingParams, WorkerRequest
+from pdserve.router.admission import Admission, Verdict
+from pdserve.router.policy import Pending, Policy, WorkerView, place
+from pdserve.router.unseen import Unseen
+
+
+@dataclass(slots=True)
+class Record:
+    """What became of one request. `failure` is empty for one that ended well. Times are the simulation's."""
+
+    arrival: Arrival
+    prefill_id: str = ""
+    decode_id: str = ""
+    placed_s: float = 0.0
+    prefill_started_s: float = 0.0
+    first_token_s: float | None = None
+    admitted_s: float = 0.0
+    decode_started_s: float = 0.0
+    end_s: float | None = None
+    num_output_tokens: int = 0
+    failure: str = ""
+
+    def timing(self) -> RequestTiming:
+        """As its client saw it."""
+        last_s = None if self.failure else self.end_s
+        at_s = self.arrival.at_s
+        return RequestTiming(at_s, at_s, self.first_token_s, last_s, self.end_s, self.num_output_tokens)
+
+
+@dataclass(slots=True)
+class _Run:
+    record: Record
+    request: WorkerRequest
+    legs: tuple[VirtualWorker, ...] = ()
+
+
+class VirtualRouter:
+    """Owner of the requests in flight. `on_end` is called once for each that arrived."""
+
+    def __init__(
+        self, clock: Clock, policy: Policy, admission: Admission, timeout_s: float, on_end: Callable[[Record], None]
+    ) -> None:
+        self._clock = clock
+        self._policy = policy
+        self._admission = admission
+        self._timeout_s = timeout_s
+        self._on_end = on_end
+        self._workers: Sequence[VirtualWorker] = ()
+        self._unseen: dict[str, Unseen] = {}
+        self._views: dict[str, WorkerView] = {}
+        self._runs: dict[HandoffId, _Run] = {}
+        self._ids: dict[str, HandoffId] = {}
+        self._turn = 0
+
+    def connect(self, workers: Sequence[VirtualWorker]) -> None:
+        self._workers = workers
+        self._unseen = {worker.worker_id: Unseen() for worker in workers}
+
+    @property
+    def num_live(self) -> int:
+        return len(self._runs)
+
+    def arrive(self, arrival: Arrival) -> None:
+        """A client asks now."""
+        now_s = self._clock.now_s
+        self._turn += 1
+        name = str(self._turn)
+        id = HandoffId(name, 0, 0)
+        prompt = (0,) * arrival.num_prompt_tokens
+        request = WorkerRequest(id, prompt, SamplingParams(max_tokens=arrival.max_tokens), self._timeout_s)
+        run = _Run(Record(arrival), request)
+        try:
+            verdict = self._admission.arrive(name, now_s, now_s + self._timeout_s)
+        except PdserveError as error:
+            self._end(run, error.message)
+            return
+        self._runs[id], self._ids[name] = run, id
+        self._clock.after(self._timeout_s, self._deadline, id)
+        if verdict is Verdict.ADMITTED:
+            self._place(run)
+
+    # What workers say.
+
+    def token(self, worker: VirtualWorker, step: SequenceStep) -> None:
+        """The first token of a worker for a request, or the last one."""
+        run = self._runs.get(step.sequence.request.id)
+        if run is None:
+            return
+        record, seen_s = run.record, self._clock.now_s + worker.overheads.token_s
+        if step.position == 0:
+            record.first_token_s = seen_s
+            record.prefill_started_s = step.sequence.first_scheduled_s or 0.0
+        if step.finish is not None:
+            record.num_output_tokens = step.position + 1
+            record.admitted_s = step.sequence.arrival_s
+            record.decode_started_s = step.sequence.first_scheduled_s or 0.0
+            self._leave(run, "", seen_s)
+
+    def load_arrived(self, worker: VirtualWorker) -> None:
+        self._views.pop(worker.worker_id, None)
+        self._unseen[worker.worker_id].load_arrived()
+
+    def failed(self, handoff: HandoffId, message: str) -> None:
+        run = self._runs.get(handoff)
+        if run is not None:
+            self._give_up(run, message)
+
+    # A request's life.
+
+    def _place(self, run: _Run) -> None:
+        prompt_tokens = len(run.request.prompt_token_ids)
+        try:
+            placement = place(self._policy, [self._view(worker) for worker in self._workers], prompt_tokens, self._turn)
+            by_id = {worker.worker_id: worker for worker in self._workers}
+            prefill, decode = by_id[placement.prefill_id], by_id[placement.decode_id]
+            prefill.engine.scheduler.check(run.request, prefill is not decode)
+            decode.engine.scheduler.check(run.request)
+        except PdserveError as error:
+            self._leave(run, error.message, self._clock.now_s)
+            return
+        run.legs = (decode,) if prefill is decode else (decode, prefill)
+        run.record.prefill_id, run.record.decode_id = placement.prefill_id, placement.decode_id
+        run.record.placed_s = self._clock.now_s
+        for worker in run.legs:
+            share = prompt_tokens if worker is prefill else 0
+            num_blocks = worker.info.layout.num_blocks(prompt_tokens + 1)
+            self._unseen[worker.worker_id].place(run.request.id, Pending(1, share, num_blocks))
+            self._views.pop(worker.worker_id, None)
+        overheads = prefill.overheads
+        delay_s = overheads.request_s + overheads.tokenize_s_per_token * prompt_tokens
+        if prefill is not decode:
+            self._clock.after(delay_s / 2, self._expect, run, prefill, decode)
+        self._clock.after(delay_s, self._prefill, run, prefill, decode)
+
+    def _expect(self, run: _Run, prefill: VirtualWorker, decode: VirtualWorker) -> None:
+        if run.request.id in self._runs:
+            decode.expect(run.request, prefill.info.worker)
+            self._unseen[decode.worker_id].acknowledged(run.request.id)
+
+    def _prefill(self, run: _Run, prefill: VirtualWorker, decode: VirtualWorker) -> None:
+        if run.request.id in self._runs:
+            prefill.prefill(run.request, None if prefill is decode else decode.info.worker)
+            self._unseen[prefill.worker_id].acknowledged(run.request.id)
+
+    def _view(self, worker: VirtualWorker) -> WorkerView:
+        view = self._views.get(worker.worker_id)
+        if view is None:
+            pending = self._unseen[worker.worker_id].pending
+            view = self._views[worker.worker_id] = WorkerView(worker.load, worker.info.layout, pending)
+        return view
+
+    def _deadline(self, id: HandoffId) -> None:
+        run = self._runs.get(id)
+        if run is not None:
+            self._give_up(run, "the deadline passed")
+
+    def _give_up(self, run: _Run, failure: str) -> None:
+        self._leave(run, failure, self._clock.now_s)
+        for worker in run.legs:
+            worker.abort(run.request.id, failure)
+
+    def _leave(self, run: _Run, failure: str, end_s: float) -> None:
+        id = run.request.id
+        del self._runs[id], self._ids[id.request_id]
+        for worker in run.legs:
+            self._unseen[worker.worker_id].forget(id)
+            self._views.pop(worker.worker_id, None)
+        run.record.end_s = end_s
+        successor = self._admission.leave(id.request_id, self._clock.now_s)
+        self._end(run, failure)
+        if successor is not None:
+            self._place(self._runs[self._ids[successor]])
+
+    def _end(self, run: _Run, failure: str) -> None:
+        run.record.failure = failure
+        self._on_end(run.record)

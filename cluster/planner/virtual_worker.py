@@ -1,0 +1,146 @@
+"""One simulated worker: an engine whose steps only take time, under the roles that it would have.
+
+What `cluster.worker_requests` does for requests, without I/O. Knows nothing of how requests are placed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from pdserve.cluster.planner.clock import Clock
+from pdserve.cluster.planner.profile import LinkCost, Overheads
+from pdserve.cluster.planner.virtual_decode import VirtualDecode
+from pdserve.cluster.planner.virtual_engine import Duration, VirtualEngine
+from pdserve.cluster.planner.virtual_links import VirtualLinks
+from pdserve.cluster.planner.virtual_prefill import VirtualPrefill
+from pdserve.cluster.worker_load import worker_load
+from pdserve.engine.plan import SequenceStep
+from pdserve.engine.scheduler import Scheduler
+from pdserve.engine.sequence import Sequence
+from pdserve.engine.turn import Turn
+from pdserve.kv_transfer.lease import LeaseTimes
+from pdserve.kv_transfer.reservation import Timeouts
+from pdserve.proto.types import HandoffId, KVPart, KVTicket, WorkerInfo, WorkerLoad, WorkerRef, WorkerRequest
+
+SWEEP_S = 1.0
+
+
+class Listener(Protocol):
+    """Who hears of a worker: the router."""
+
+    def token(self, worker: VirtualWorker, step: SequenceStep) -> None: ...
+
+    def load_arrived(self, worker: VirtualWorker) -> None: ...
+
+    def failed(self, handoff: HandoffId, message: str) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What the workers of a simulation share. `link` is what KV costs between any two of them."""
+
+    clock: Clock
+    links: VirtualLinks
+    link: LinkCost
+    workers: Mapping[str, VirtualWorker]
+    lease_times: LeaseTimes
+    timeouts: Timeouts
+    listener: Listener
+
+
+class VirtualWorker:
+    """Owner of one engine and of its roles. A mixed worker hands nothing off: its tables stay empty."""
+
+    def __init__(
+        self, info: WorkerInfo, scheduler: Scheduler, duration_s: Duration, overheads: Overheads, around: Surroundings
+    ) -> None:
+        self.info = info
+        self.worker_id = info.worker.worker_id
+        self.overheads = overheads
+        self.engine = VirtualEngine(around.clock, scheduler, duration_s, self._turn_ended)
+        self._around = around
+        self._clock = around.clock
+        self._listener = around.listener
+        handoff_s, fail = overheads.handoff_s, around.listener.failed
+        self._prefill = VirtualPrefill(
+            info, around.clock, self.engine, around.lease_times, handoff_s, self._offer_to, fail
+        )
+        self._decode = VirtualDecode(
+            info.layout, around.clock, self.engine, around.timeouts, self._arrival_s, self._release_at, fail
+        )
+        self._turn: Turn | None = None
+        self._load: WorkerLoad | None = None
+        self._step_s = 0.0
+        self._clock.after(SWEEP_S, self._sweep)
+        self.engine.post(_nothing)
+
+    @property
+    def load(self) -> WorkerLoad:
+        """After the last turn."""
+        if self._load is None:
+            assert self._turn is not None, "the first turn comes before the first request"
+            self._load = worker_load(self.info, self._turn, self._step_s)
+        return self._load
+
+    def prefill(self, request: WorkerRequest, hand_off_to: WorkerRef | None) -> None:
+        """Raises InvalidRequest for what the engine could never finish."""
+        self.engine.scheduler.check(request, hand_off_to is not None)
+        if hand_off_to is not None:
+            self._prefill.prefill(request, hand_off_to)
+            return
+        sequence = Sequence(request, self._clock.now_s)
+        self.engine.post(lambda scheduler: scheduler.add(sequence))
+
+    def expect(self, request: WorkerRequest, source: WorkerRef) -> None:
+        """Raises InvalidRequest, like `prefill`."""
+        self.engine.scheduler.check(request)
+        self._decode.expect(request, source)
+
+    def abort(self, handoff: HandoffId, reason: str) -> None:
+        self.engine.post(lambda scheduler: scheduler.abort(handoff))
+        self._prefill.abort(handoff, reason)
+        self._decode.abort(handoff, reason)
+
+    def offer(self, ticket: KVTicket, part: KVPart) -> None:
+        """Another worker has a part for this one. Raises StaleReference or LayoutMismatch."""
+        self._decode.offer(ticket, part)
+
+    def release(self, handoff: HandoffId, outcome: str) -> None:
+        """Another worker is done with what this one leases."""
+        self._prefill.release(handoff, outcome)
+
+    def _offer_to(self, target: WorkerRef, ticket: KVTicket, part: KVPart) -> None:
+        self._around.workers[target.worker_id].offer(ticket, part)
+
+    def _release_at(self, source: WorkerRef, handoff: HandoffId, outcome: str) -> None:
+        self._around.workers[source.worker_id].release(handoff, outcome)
+
+    def _arrival_s(self, source: WorkerRef, num_bytes: int) -> float:
+        around = self._around
+        return around.links.send(source.worker_id, self.worker_id, around.link, num_bytes, self._clock.now_s)
+
+    def _turn_ended(self, turn: Turn) -> None:
+        self._turn, self._load = turn, None
+        step = turn.step
+        if step is not None:
+            self._step_s = step.duration_s
+            for part in step.parts:
+                self._prefill.part_computed(part)
+            for one in step.sequences:
+                if one.position == 0 or one.finish is not None:
+                    self._listener.token(self, one)
+        self._decode.turn_ended(turn)
+        self._listener.load_arrived(self)
+
+    def _sweep(self) -> None:
+        self._prefill.sweep()
+        for source, handoffs in self._decode.sweep().items():
+            for lost in self._around.workers[source.worker_id]._prefill.renew(handoffs):
+                self._decode.lost(lost)
+        self._clock.after(SWEEP_S, self._sweep)
+
+
+def _nothing(scheduler: Scheduler) -> None:
+    """Makes an engine take a turn, so that there is a load to tell."""

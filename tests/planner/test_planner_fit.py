@@ -1,0 +1,251 @@
+"""Coefficients are found again in noisy steps with outliers; errors are those of steps the fit did not see."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import pytest
+
+from pdserve.cluster.planner.fit import StepFit, StepSample, fit_steps
+from pdserve.cluster.planner.phase_fit import Floats, nnls
+from pdserve.cluster.planner.step_model import decode_phase, mixing, prefill_phase
+from pdserve.cluster.planner.step_shape import StepShape, chunk_pairs
+from pdserve.proto.errors import ConfigError
+
+CHUNKS = (1, 4, 16, 32, 64, 96, 128, 192, 256, 384, 512)
+CONTEXTS = (0, 128, 512, 1024, 2048)
+BATCHES = (1, 2, 4, 8, 12, 16, 24, 32)
+
+PREFILL_SHAPES = [StepShape(n, chunk_pairs(n, c), 0, 0) for n in CHUNKS for c in CONTEXTS]
+DECODE_SHAPES = [StepShape(0, 0.0, batch, batch * c) for batch in BATCHES for c in (16, 128, 512, 1024, 2048)]
+MIXED_SHAPES = [StepShape(n, chunk_pairs(n, 256), batch, batch * 600) for n in (32, 128, 384) for batch in BATCHES]
+
+Cost = Callable[[StepShape], float]
+
+
+def prefill_s(shape: StepShape) -> float:
+    return 0.008 + 1.5e-4 * shape.num_prefill_tokens + 4e-8 * shape.prefill_pairs
+
+
+def decode_s(shape: StepShape) -> float:
+    return 0.012 + 6e-4 * shape.num_decodes + 3e-7 * shape.decode_context_tokens
+
+
+def mixed_s(shape: StepShape, overlap: float) -> float:
+    prefill_part_s, decode_part_s = prefill_s(shape) - 0.008, decode_s(shape) - 0.012
+    smaller_s, larger_s = sorted((prefill_part_s, decode_part_s))
+    return 0.012 + larger_s + (1.0 - overlap) * smaller_s
+
+
+def either_s(shape: StepShape) -> float:
+    return decode_s(shape) if shape.num_decodes else prefill_s(shape)
+
+
+def timed(
+    shapes: Iterable[StepShape],
+    cost: Cost,
+    *,
+    noise: float = 0.03,
+    outliers: float = 0.0,
+    repeats: int = 1,
+    seed: int = 1,
+) -> list[StepSample]:
+    """Each shape timed some times, with noise in proportion; a share of the times is twice to ten times as long."""
+    random = np.random.default_rng(seed)
+    samples = []
+    for shape in itertools.chain.from_iterable(itertools.repeat(shape, repeats) for shape in shapes):
+        seconds = cost(shape) * float(random.lognormal(0.0, noise))
+        if random.random() < outliers:
+            seconds *= float(random.uniform(2.0, 10.0))
+        samples.append(StepSample(shape, seconds))
+    return samples
+
+
+def test_known_coefficients_are_found_in_noise_with_outliers() -> None:
+    fit = fit_steps(timed([*PREFILL_SHAPES, *DECODE_SHAPES], either_s, outliers=0.1, repeats=5))
+    (prefill,), (decode,) = fit.prefill, fit.decode
+    assert (prefill.fixed_s, prefill.per_token_s, prefill.per_pair_s) == pytest.approx((0.008, 1.5e-4, 4e-8), rel=0.05)
+    assert (decode.fixed_s, decode.per_sequence_s, decode.per_context_token_s) == pytest.approx(
+        (0.012, 6e-4, 3e-7), rel=0.05
+    )
+
+
+def test_outliers_are_withstood_where_no_shape_was_timed_twice() -> None:
+    fit = fit_steps(timed([*PREFILL_SHAPES, *DECODE_SHAPES], either_s, outliers=0.1))
+    prefill, decode = prefill_phase(fit.prefill), decode_phase(fit.decode)
+    for tokens, pairs, _, _ in PREFILL_SHAPES:
+        assert prefill.seconds(tokens, pairs) == pytest.approx(prefill_s(StepShape(tokens, pairs, 0, 0)), rel=0.08)
+    for _, _, batch, context_tokens in DECODE_SHAPES:
+        shape = StepShape(0, 0.0, batch, context_tokens)
+        assert decode.seconds(batch, context_tokens) == pytest.approx(decode_s(shape), rel=0.08)
+
+
+def test_the_error_is_that_of_the_noise_when_the_model_is_right() -> None:
+    fit = fit_steps(timed([*PREFILL_SHAPES, *DECODE_SHAPES], either_s, noise=0.1))
+    for region in (*fit.prefill, *fit.decode):
+        assert region.median_error is not None
+        assert region.p95_error is not None
+        # Of |N(0, 0.1)| the median is 0.067 and the 95th percentile 0.196.
+        assert region.median_error == pytest.approx(0.067, rel=0.5)
+        assert region.p95_error == pytest.approx(0.196, rel=0.5)
+
+
+def test_the_error_is_no_smaller_for_a_model_that_could_follow_the_noise() -> None:
+    """Four shapes, three coefficients: the fit is nearly exact on what it saw and knows that this means nothing."""
+    shapes = [StepShape(n, chunk_pairs(n, c), 0, 0) for n, c in ((8, 0), (64, 900), (256, 0), (400, 500), (512, 1500))]
+    fit = fit_steps(timed([*shapes, *DECODE_SHAPES], either_s, noise=0.3, seed=5))
+    assert max(region.p95_error or 0.0 for region in fit.prefill) > 0.1
+
+
+def bent_s(shape: StepShape) -> float:
+    """Cheap up to 64 tokens, then three times as dear."""
+    tokens = shape.num_prefill_tokens
+    return 0.01 + 5e-5 * min(tokens, 64) + 1.5e-4 * max(0, tokens - 64) + 2e-8 * shape.prefill_pairs
+
+
+def test_a_bend_becomes_a_bound_between_regions() -> None:
+    fit = fit_steps([*timed(PREFILL_SHAPES, bent_s, noise=0.01), *timed(DECODE_SHAPES, decode_s)])
+    assert [region.upto_tokens for region in fit.prefill] == [64, None]
+    assert fit.prefill[0].per_token_s == pytest.approx(5e-5, rel=0.15)
+    assert fit.prefill[1].per_token_s == pytest.approx(1.5e-4, rel=0.05)
+    phase = prefill_phase(fit.prefill)
+    for shape in PREFILL_SHAPES:
+        assert phase.seconds(shape.num_prefill_tokens, shape.prefill_pairs) == pytest.approx(bent_s(shape), rel=0.04)
+
+
+def test_pairs_that_become_dearer_become_a_bound_too() -> None:
+    def dearer_s(shape: StepShape) -> float:
+        return prefill_s(shape) + (1.2e-7 * shape.prefill_pairs if shape.num_prefill_tokens > 128 else 0.0)
+
+    fit = fit_steps([*timed(PREFILL_SHAPES, dearer_s, noise=0.01), *timed(DECODE_SHAPES, decode_s)])
+    assert len(fit.prefill) > 1
+    assert fit.prefill[0].per_pair_s == pytest.approx(4e-8, rel=0.2)
+    assert fit.prefill[-1].per_pair_s == pytest.approx(1.6e-7, rel=0.1)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_fitted_regions_meet_so_that_no_step_needs_another_regions_end(seed: int) -> None:
+    def jumping_s(shape: StepShape) -> float:
+        return either_s(shape) * (1.0 + 0.5 * ((shape.num_prefill_tokens + shape.num_decodes) % 3))
+
+    fit = fit_steps(timed([*PREFILL_SHAPES, *DECODE_SHAPES], jumping_s, noise=0.2, seed=seed))
+    prefill, decode = prefill_phase(fit.prefill), decode_phase(fit.decode)
+    assert all(len(prefill[tokens]) == 1 for tokens in range(1, 600))
+    assert all(len(decode[batch]) == 1 for batch in range(1, 100))
+
+
+@pytest.mark.parametrize("overlap", [0.0, 0.6, 1.0])
+def test_the_overlap_of_mixed_steps_is_found(overlap: float) -> None:
+    alone = timed([*PREFILL_SHAPES, *DECODE_SHAPES], either_s, noise=0.01)
+    mixed = timed(MIXED_SHAPES, lambda shape: mixed_s(shape, overlap), noise=0.02, outliers=0.1)
+    fit = fit_steps([*alone, *mixed])
+    assert fit.mixed.overlap == pytest.approx(overlap, abs=0.06)
+    assert fit.mixed.num_samples == len(MIXED_SHAPES)
+    assert fit.mixed.median_error is not None
+    assert fit.mixed.median_error < 0.05
+
+
+def test_mixed_steps_do_not_bend_the_phases() -> None:
+    alone = timed([*PREFILL_SHAPES, *DECODE_SHAPES], either_s)
+    wild = [StepSample(shape, 9.0) for shape in MIXED_SHAPES]
+    with_mixed, without = fit_steps([*alone, *wild]), fit_steps(alone)
+    assert (with_mixed.prefill, with_mixed.decode) == (without.prefill, without.decode)
+
+
+def test_the_fit_tells_what_was_measured_and_how_often() -> None:
+    fit = fit_steps(timed([*PREFILL_SHAPES, *DECODE_SHAPES], either_s, repeats=3))
+    assert sum(region.num_samples for region in fit.prefill) == 3 * len(PREFILL_SHAPES)
+    assert sum(region.num_samples for region in fit.decode) == 3 * len(DECODE_SHAPES)
+    assert (fit.domain.chunk_tokens.smallest, fit.domain.chunk_tokens.largest) == (1, 512)
+    assert (fit.domain.context_tokens.smallest, fit.domain.context_tokens.largest) == (0.5, 2048 + 256)
+    assert (fit.domain.decode_batch.smallest, fit.domain.decode_batch.largest) == (1, 32)
+    assert (fit.domain.decode_context_tokens.smallest, fit.domain.decode_context_tokens.largest) == (16, 65536)
+
+
+def test_thin_regions_are_named_with_what_to_time() -> None:
+    prefill = [StepShape(n, chunk_pairs(n, 0), 0, 0) for n in (8, 64, 256)]
+    decode = [StepShape(0, 0.0, batch, batch * 100) for batch in BATCHES]
+    assert fit_steps(timed([*prefill, *decode], either_s)).thin == (
+        "prefill, any number of tokens: 3 distinct shapes; time at least 5",
+        "decode, any number of sequences: context did not vary on its own; "
+        "time equal steps behind shorter and longer contexts",
+        "mixed steps: none timed; overlap 0 is assumed",
+    )
+
+
+def test_too_few_shapes_to_hold_any_out_leave_the_error_unknown() -> None:
+    prefill = [StepShape(n, chunk_pairs(n, 0), 0, 0) for n in (8, 64, 256)]
+    (region,) = fit_steps(timed([*prefill, *DECODE_SHAPES], either_s, repeats=10)).prefill
+    assert (region.num_samples, region.median_error, region.p95_error) == (30, None, None)
+
+
+def test_one_shape_for_each_phase_is_fitted_as_it_is() -> None:
+    shapes = [StepShape(64, chunk_pairs(64, 0), 0, 0), StepShape(0, 0.0, 4, 400)]
+    fit = fit_steps(timed(shapes, either_s, noise=0.0))
+    assert prefill_phase(fit.prefill).seconds(64, 2048) == pytest.approx(prefill_s(shapes[0]))
+    assert decode_phase(fit.decode).seconds(4, 400) == pytest.approx(decode_s(shapes[1]))
+
+
+def test_the_same_samples_in_another_order_give_the_same_fit() -> None:
+    samples = timed([*PREFILL_SHAPES, *DECODE_SHAPES], either_s, outliers=0.1)
+    assert fit_steps(samples) == fit_steps(samples[::-1])
+
+
+@pytest.mark.parametrize(
+    ("samples", "message"),
+    [
+        ([], "samples: none is a prefill step alone"),
+        ([StepSample(StepShape(1, 0.5, 0, 0), 0.1)], "samples: none is a decode step alone"),
+        ([StepSample(StepShape(1, 0.5, 0, 0), 0.0)], r"samples\.0: 0\.0 s is no duration"),
+        ([StepSample(StepShape(1, 0.5, 0, 0), float("nan"))], r"samples\.0: nan s is no duration"),
+        ([StepSample(StepShape(0, 0.0, 0, 0), 0.1)], r"samples\.0: \(0, 0\.0, 0, 0\) is no shape of a step"),
+        ([StepSample(StepShape(1, -1.0, 0, 0), 0.1)], r"samples\.0: .* is no shape of a step"),
+        ([StepSample(StepShape(1, float("nan"), 0, 0), 0.1)], r"samples\.0: .* is no shape of a step"),
+    ],
+)
+def test_what_cannot_be_fitted_is_refused(samples: list[StepSample], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        fit_steps(samples)
+
+
+def brute_force(matrix: Floats, target: Floats) -> float:
+    """The least residual over all choices of columns that may be above zero."""
+    best = float(np.linalg.norm(target))
+    for size in range(1, matrix.shape[1] + 1):
+        for chosen in itertools.combinations(range(matrix.shape[1]), size):
+            columns = matrix[:, chosen]
+            weights = np.linalg.lstsq(columns, target, rcond=None)[0]
+            if weights.min() >= 0.0:
+                best = min(best, float(np.linalg.norm(columns @ weights - target)))
+    return best
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_non_negative_least_squares_is_as_good_as_trying_everything(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    num_rows, num_columns = int(random.integers(1, 12)), int(random.integers(1, 7))
+    matrix = random.normal(size=(num_rows, num_columns)) * 10.0 ** random.integers(-6, 3, size=num_columns)
+    if seed % 3 == 0 and num_columns > 1:
+        matrix[:, 1] = matrix[:, 0] * 2.0  # columns that cannot be told apart
+    if seed % 5 == 0:
+        matrix[:, -1] = 0.0
+    target = random.normal(size=num_rows)
+    found = nnls(matrix, target)
+    assert found.min() >= 0.0
+    assert float(np.linalg.norm(matrix @ found - target)) == pytest.approx(
+        brute_force(matrix, target), rel=1e-6, abs=1e-9
+    )
+
+
+def test_the_combination_of_fitted_phases_predicts_mixed_steps() -> None:
+    alone = timed([*PREFILL_SHAPES, *DECODE_SHAPES], either_s, noise=0.01)
+    fit: StepFit = fit_steps([*alone, *timed(MIXED_SHAPES, lambda shape: mixed_s(shape, 0.5), noise=0.01)])
+    prefill, decode = prefill_phase(fit.prefill), decode_phase(fit.decode)
+    mixer = mixing(prefill, decode)
+    for shape in MIXED_SHAPES:
+        tokens, pairs, batch, context_tokens = shape
+        larger, smaller = mixer.parts(prefill.seconds(tokens, pairs), decode.seconds(batch, context_tokens))
+        predicted = larger + (1.0 - fit.mixed.overlap) * smaller
+        assert predicted == pytest.approx(mixed_s(shape, 0.5), rel=0.05)
