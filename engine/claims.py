@@ -52,7 +52,7 @@ class Claims:
         if not self.prefix_caching:
             return
         num_full = sequence.num_full_blocks
-        if num_full == sequence.num_labelled_blocks:
+        if num_full == sequence.num_labelled_blocks:  # most steps of most sequences fill none
             return
         keys = sequence.keys(num_full)
         for place in range(sequence.num_labelled_blocks, num_full):

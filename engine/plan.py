@@ -38,7 +38,7 @@ class ScheduledSequence(NamedTuple):
 
     @property
     def is_decode(self) -> bool:
-        return self.num_tokens == 1 and self.start >= self.sequence.num_prompt_tokens
+        return self.num_tokens == 1 and self.start >= len(self.sequence.request.prompt_token_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,16 +57,16 @@ class StepPlan:
 
     @property
     def num_tokens(self) -> int:
-        return sum(item.num_tokens for item in self.scheduled)
+        return sum([item.num_tokens for item in self.scheduled])
 
     @property
     def num_decode_tokens(self) -> int:
-        return sum(item.is_decode for item in self.scheduled)
+        return len([item for item in self.scheduled if item.num_tokens == 1 and item.is_decode])
 
     @property
     def sampled(self) -> tuple[Sequence, ...]:
         """Sequences that sample a token in this step, in plan order."""
-        return tuple(item.sequence for item in self.scheduled if item.samples)
+        return tuple([item.sequence for item in self.scheduled if item.samples])
 
 
 class SequenceStep(NamedTuple):

@@ -53,6 +53,11 @@ class _Draft:
         self.scheduled.append(ScheduledSequence(sequence, sequence.num_computed, num_tokens, samples))
         self.budget -= num_tokens
 
+    def add_decode(self, sequence: Sequence) -> None:
+        """Its one uncomputed token."""
+        self.scheduled.append(ScheduledSequence(sequence, sequence.num_computed, 1, True))
+        self.budget -= 1
+
 
 class Scheduler:
     """Owns the sequences and, through `claims`, the RUNNING blocks."""
@@ -175,8 +180,9 @@ class Scheduler:
         for item in plan.scheduled:
             item.sequence.advance(item.num_tokens)
             if item.samples:
-                steps.append(self._commit_token(item.sequence, next(results), now_s))
-                if steps[-1].handed_off:
+                step = self._commit_token(item.sequence, next(results), now_s)
+                steps.append(step)
+                if step.handed_off:
                     parts.append(self._hand_over(item.sequence, len(item.sequence.block_ids)))
                 continue
             self.claims.label(item.sequence)
@@ -192,7 +198,7 @@ class Scheduler:
             sequence = self._running[index]
             index += 1
             if sequence.num_uncomputed == 1 and (sequence.has_room or self._grow(sequence, draft.preempted)):
-                draft.add(sequence)
+                draft.add_decode(sequence)
 
     def _continue_prefills(self, draft: _Draft) -> None:
         """Running sequences with more to go. They took all their blocks at admission."""
