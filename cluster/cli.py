@@ -1,4 +1,4 @@
-"""The command line: `pdserve up | down | status | generate | chat | bench`.
+"""The command line: `pdserve up | down | status | generate | chat | bench | simulate`.
 
 Each verb lives in a module of its own; here they are named and put behind one seam that turns errors into one line
 and an exit code: 0 done, 1 failed, 2 wrong usage, configuration or input. Never a traceback.
@@ -19,6 +19,7 @@ from pdserve.cluster.chat_command import chat
 from pdserve.cluster.config import DEFAULT_CONFIG, load_config
 from pdserve.cluster.errors_seam import one_line_errors
 from pdserve.cluster.generate_command import generate
+from pdserve.cluster.simulate_command import simulate
 from pdserve.cluster.status_command import status
 from pdserve.proto.errors import PdserveError
 
@@ -76,6 +77,7 @@ app.command()(one_line_errors(status))
 app.command()(one_line_errors(generate))
 app.command()(one_line_errors(chat))
 app.command()(one_line_errors(bench))
+app.command()(one_line_errors(simulate))
 
 if __name__ == "__main__":
     main()

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from random import Random
 from typing import IO, TypeAlias, cast
 
 from pdserve.cluster.arrivals import Arrival
@@ -31,7 +32,9 @@ TIME_COLUMNS = ("timestamp", "timestamp_s", "time_s", "arrival_time", "arrived_a
 PROMPT_COLUMNS = ("contexttokens", "request tokens", "input_tokens", "input_length", "prompt_tokens")
 OUTPUT_COLUMNS = ("generatedtokens", "response tokens", "output_tokens", "output_length", "completion_tokens")
 
-Parser: TypeAlias = Callable[[str], Arrival]
+# Time in seconds, prompt tokens, output tokens, prefix ids: cheaper than an Arrival, of which one is made in the end.
+Row: TypeAlias = tuple[float, int, int, tuple[int, ...]]
+Parser: TypeAlias = Callable[[str], Row]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +43,15 @@ class TraceOptions:
 
     `rate_scale` 2 sends twice as fast. `window_s` keeps what comes in `[start, end)` after the first stamp, moved to
     start at 0. `spread_s` is the resolution of coarse JSONL stamps: requests that share one are spread evenly until
-    the next stamp, at most this long; 0 leaves them together. `length_scale` multiplies all token counts.
+    the next stamp, at most this long; 0 leaves them together. `jitter` spreads them at random instead, the same way in
+    every reading: evenly they come more regularly than requests do. `length_scale` multiplies all token counts.
     """
 
     rate_scale: float = 1.0
     window_s: tuple[float, float] = (0.0, math.inf)
     spread_s: float = 3.0
     length_scale: float = 1.0
+    jitter: bool = False
 
 
 class Trace:
@@ -65,38 +70,53 @@ class Trace:
             ConfigError: the file cannot be read, or a line of it; the message names file and line.
         """
         start_s, end_s = self.options.window_s
+        rate_scale, length_scale = self.options.rate_scale, self.options.length_scale
         num_arrivals = 0
-        for arrival in self._spread():
-            if arrival.at_s >= end_s:
+        for at_s, prompt, output, prefix_ids in self._spread():
+            if at_s >= end_s:
                 break
-            if arrival.at_s >= start_s:
-                num_arrivals += 1
-                yield self._scaled(arrival, start_s)
+            if at_s < start_s:
+                continue
+            num_arrivals += 1
+            if length_scale != 1.0:
+                prompt, output = max(1, round(prompt * length_scale)), max(1, round(output * length_scale))
+            yield Arrival((at_s - start_s) / rate_scale, prompt, output, prefix_ids)
         if num_arrivals == 0:
             where = "" if (start_s, end_s) == (0.0, math.inf) else f" in the window {start_s:g}:{end_s:g}"
             raise ConfigError(f"{self.path}: holds no requests{where}")
 
-    def _scaled(self, arrival: Arrival, start_s: float) -> Arrival:
-        scale = self.options.length_scale
-        prompt, output = (max(1, round(count * scale)) for count in (arrival.num_prompt_tokens, arrival.max_tokens))
-        return Arrival((arrival.at_s - start_s) / self.options.rate_scale, prompt, output, arrival.prefix_ids)
+    def version(self) -> tuple[int, int]:
+        """Changes with the file, so that what was learned from it can be kept for as long as it is true.
 
-    def _spread(self) -> Iterator[Arrival]:
-        """Arrivals with times from the first stamp on, groups of one coarse stamp spread out."""
-        group: list[Arrival] = []
+        Raises:
+            ConfigError: there is no such file.
+        """
+        try:
+            found = self.path.stat()
+        except OSError as error:
+            raise ConfigError(f"{self.path}: cannot be read: {error.strerror or error}") from error
+        return found.st_size, found.st_mtime_ns
+
+    def _spread(self) -> Iterator[Row]:
+        """Rows with times from the first stamp on, groups of one coarse stamp spread out."""
+        group: list[Row] = []
         spread_s = 0.0
-        for arrival, spreadable in self._read():
-            spread_s = self.options.spread_s if spreadable else 0.0
-            if group and (arrival.at_s > group[0].at_s or spread_s == 0.0):
-                yield from _spread_group(group, min(spread_s, arrival.at_s - group[0].at_s))
+        random = Random(0) if self.options.jitter else None
+        for row, is_coarse in self._read():
+            spread_s = self.options.spread_s if is_coarse else 0.0
+            if spread_s == 0.0:
+                yield row
+                continue
+            if group and row[0] > group[0][0]:
+                yield from _spread_group(group, min(spread_s, row[0] - group[0][0]), random)
                 group = []
-            group.append(arrival)
+            group.append(row)
             if len(group) > MAX_GROUP:
                 raise ConfigError(f"{self.path}: more than {MAX_GROUP} requests share one time stamp")
-        yield from _spread_group(group, spread_s)
+        yield from _spread_group(group, spread_s, random)
 
-    def _read(self) -> Iterator[tuple[Arrival, bool]]:
-        """Arrivals at trace times less the first one, and whether their stamps are coarse."""
+    def _read(self) -> Iterator[tuple[Row, bool]]:
+        """Rows at trace times less the first one, and whether their stamps are coarse."""
         self.num_skipped = 0
         parse: Parser | None = None
         first_s = latest_s = -math.inf
@@ -106,18 +126,17 @@ class Trace:
                     parse = _csv_parser(line)
                     continue
                 parse = parse or _parse_json
-                arrival = parse(line)
-                if arrival.at_s < latest_s:
+                at_s, prompt, output, prefix_ids = parse(line)
+                if at_s < latest_s:
                     raise ValueError("its time is before that of the line above")
             except (ValueError, KeyError, IndexError, TypeError, OverflowError, RecursionError, csv.Error) as error:
                 raise ConfigError(f"{self.path}: line {number}: {_reason(error)}") from error
-            first_s = arrival.at_s if first_s == -math.inf else first_s
-            latest_s = arrival.at_s
-            if arrival.num_prompt_tokens == 0 or arrival.max_tokens == 0:
+            first_s = at_s if first_s == -math.inf else first_s
+            latest_s = at_s
+            if prompt == 0 or output == 0:
                 self.num_skipped += 1
                 continue
-            shifted = Arrival(latest_s - first_s, arrival.num_prompt_tokens, arrival.max_tokens, arrival.prefix_ids)
-            yield shifted, parse is _parse_json
+            yield (at_s - first_s, prompt, output, prefix_ids), parse is _parse_json
 
 
 def parse_window(text: str) -> tuple[float, float]:
@@ -140,10 +159,14 @@ def _check_options(options: TraceOptions) -> None:
         raise ConfigError(f"spread: {options.spread_s!r} is not a number of seconds")
 
 
-def _spread_group(group: list[Arrival], interval_s: float) -> Iterator[Arrival]:
-    for position, arrival in enumerate(group):
-        offset_s = interval_s * position / len(group)
-        yield Arrival(arrival.at_s + offset_s, arrival.num_prompt_tokens, arrival.max_tokens, arrival.prefix_ids)
+def _spread_group(group: list[Row], interval_s: float, random: Random | None) -> Iterator[Row]:
+    """A group over the interval that its stamp stands for, in its order."""
+    if random is None:
+        parts = [position / len(group) for position in range(len(group))]
+    else:
+        parts = sorted(random.random() for _ in group)
+    for part, (at_s, prompt, output, prefix_ids) in zip(parts, group, strict=True):
+        yield at_s + interval_s * part, prompt, output, prefix_ids
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -171,11 +194,11 @@ def _csv_parser(header: str) -> Parser:
     names = [name.strip().lower() for name in next(csv.reader([header]))]
     time, prompt, output = (_column(names, known) for known in (TIME_COLUMNS, PROMPT_COLUMNS, OUTPUT_COLUMNS))
 
-    def parse(line: str) -> Arrival:
-        row = next(csv.reader([line]))
+    def parse(line: str) -> Row:
+        row = next(csv.reader([line])) if '"' in line else line.split(",")
         if len(row) != len(names):
             raise ValueError(f"has {len(row)} columns, the header has {len(names)}")
-        return Arrival(_seconds(row[time]), _count(row[prompt]), _count(row[output]))
+        return _seconds(row[time]), _count(row[prompt]), _count(row[output]), ()
 
     return parse
 
@@ -187,7 +210,7 @@ def _column(names: list[str], known: tuple[str, ...]) -> int:
     raise ValueError(f"the header names none of the columns {', '.join(known)}")
 
 
-def _parse_json(line: str) -> Arrival:
+def _parse_json(line: str) -> Row:
     entry = json.loads(line)
     if not isinstance(entry, dict):
         raise ValueError("is not a JSON object")
@@ -197,7 +220,7 @@ def _parse_json(line: str) -> Arrival:
     stamp_ms = entry["timestamp"]
     if isinstance(stamp_ms, bool) or not isinstance(stamp_ms, int | float) or not math.isfinite(stamp_ms):
         raise ValueError(f"timestamp: {stamp_ms!r} is not a number of milliseconds")
-    return Arrival(stamp_ms / 1e3, _count(entry["input_length"]), _count(entry["output_length"]), tuple(hash_ids))
+    return stamp_ms / 1e3, _count(entry["input_length"]), _count(entry["output_length"]), tuple(hash_ids)
 
 
 def _seconds(text: str) -> float:
@@ -217,7 +240,12 @@ def _seconds(text: str) -> float:
 
 def _count(value: object) -> int:
     """A number of tokens; `12.0` is a whole number too."""
-    number = float(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else math.nan
+    if isinstance(value, str) and len(value) < 8 and value.isdecimal():
+        return int(value)
+    try:
+        number = float(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else math.nan
+    except ValueError:
+        number = math.nan
     if not 0 <= number <= MAX_TOKENS or number != int(number):
         raise ValueError(f"{value!r} is not a number of tokens")
     return int(number)

@@ -27,8 +27,9 @@ class Record:
     arrival: Arrival
     prefill_id: str = ""
     decode_id: str = ""
-    placed_s: float = 0.0
+    queued_s: float = 0.0
     prefill_started_s: float = 0.0
+    prefilled_s: float = 0.0
     first_token_s: float | None = None
     admitted_s: float = 0.0
     decode_started_s: float = 0.0
@@ -105,7 +106,9 @@ class VirtualRouter:
         record, seen_s = run.record, self._clock.now_s + worker.overheads.token_s
         if step.position == 0:
             record.first_token_s = seen_s
+            record.queued_s = step.sequence.arrival_s
             record.prefill_started_s = step.sequence.first_scheduled_s or 0.0
+            record.prefilled_s = self._clock.now_s
         if step.finish is not None:
             record.num_output_tokens = step.position + 1
             record.admitted_s = step.sequence.arrival_s
@@ -136,7 +139,6 @@ class VirtualRouter:
             return
         run.legs = (decode,) if prefill is decode else (decode, prefill)
         run.record.prefill_id, run.record.decode_id = placement.prefill_id, placement.decode_id
-        run.record.placed_s = self._clock.now_s
         for worker in run.legs:
             share = prompt_tokens if worker is prefill else 0
             num_blocks = worker.info.layout.num_blocks(prompt_tokens + 1)

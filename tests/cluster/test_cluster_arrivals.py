@@ -69,10 +69,19 @@ def test_a_survey_counts_what_comes() -> None:
     assert (found.num_requests, found.duration_s, found.prompt_tokens, found.output_tokens) == (2, 3.0, 12, 6)
 
 
-@pytest.mark.parametrize(("prompt", "output", "fitted"), [(10, 10, (10, 10)), (500, 10, (90, 10)), (99, 99, (50, 50))])
+@pytest.mark.parametrize(
+    ("prompt", "output", "fitted"),
+    [(10, 10, (10, 10)), (10, 90, (10, 90)), (500, 10, (90, 10)), (99, 99, (50, 50)), (20, 90, (20, 50))],
+)
 def test_an_arrival_is_cut_to_the_context(prompt: int, output: int, fitted: tuple[int, int]) -> None:
     found = fit(Arrival(0.0, prompt, output), 100)
     assert (found.num_prompt_tokens, found.max_tokens) == fitted
+
+
+def test_cutting_an_arrival_leaves_the_rest_of_it_alone() -> None:
+    asked = Arrival(2.0, 500, 10, (1, 2), "chat", 3, "acme", 7, 400)
+    assert fit(asked, 100) == Arrival(2.0, 90, 10, (1, 2), "chat", 3, "acme", 7, 400)
+    assert fit(asked, 510) is asked
 
 
 def test_prompts_have_their_length_and_never_an_end_of_sequence_token() -> None:

@@ -81,6 +81,29 @@ def test_gzip_crlf_bom_blank_lines_and_a_missing_last_newline_change_nothing(tmp
     assert load(tmp_path, "\n\n" + "\n \n".join(lines)) == plain
 
 
+def test_jitter_spreads_a_coarse_stamp_at_random_in_order_and_alike_each_time(tmp_path: Path) -> None:
+    rows = [(3000 * stamp, 10 * stamp + n + 1, 1) for stamp in range(200) for n in range(9)]
+    trace = Trace(write(tmp_path, mooncake(*rows)), TraceOptions(jitter=True))
+    found = list(trace)
+    assert [a.num_prompt_tokens for a in found] == [prompt for _, prompt, _ in rows]
+    assert all(3 * (n // 9) <= a.at_s < 3 * (n // 9 + 1) for n, a in enumerate(found))
+    assert sum(a.at_s % 3.0 for a in found) / len(found) == pytest.approx(1.5, rel=0.05)
+    assert len({round(a.at_s % 3.0, 6) for a in found}) > 1700
+    assert list(trace) == found
+    fine = Trace(write(tmp_path, SERVEGEN), TraceOptions(jitter=True))
+    assert list(fine) == load(tmp_path, SERVEGEN)
+
+
+def test_the_version_of_a_trace_changes_with_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path, AZURE)
+    before = Trace(path).version()
+    assert Trace(path).version() == before
+    path.write_text(BURSTGPT)
+    assert Trace(path).version() != before
+    with pytest.raises(ConfigError, match="missing: cannot be read"):
+        Trace(tmp_path / "missing").version()
+
+
 def test_scaling_and_the_window(tmp_path: Path) -> None:
     rows = mooncake(*((second * 1000, 100, 10) for second in range(10)))
     assert [a.at_s for a in load(tmp_path, rows, rate_scale=4.0)] == pytest.approx([s / 4 for s in range(10)])
@@ -115,7 +138,8 @@ HEAD = "timestamp,input_tokens,output_tokens\n0,1,1\n"
         pytest.param(HEAD + "1,2.5,3\n", "line 3: '2.5'", id="half a token"),
         pytest.param(HEAD + "1,1e99,3\n", "line 3: '1e99'", id="huge count"),
         pytest.param(HEAD + "1,inf,3\n", "line 3: 'inf'", id="endless count"),
-        pytest.param(HEAD + "1,,3\n", "line 3", id="no count"),
+        pytest.param(HEAD + "1,,3\n", "line 3: '' is not a number of tokens", id="no count"),
+        pytest.param(HEAD + "1,many,3\n", "line 3: 'many' is not a number of tokens", id="a word for a count"),
         pytest.param(HEAD + "5,1,1\n\n4,1,1\n", "line 5: its time is before", id="back in time"),
         pytest.param(HEAD + '1,"2,3\n', "line 3", id="open quote"),
         pytest.param(HEAD.encode() + b"\xff,1,1\n", "line 3: is not UTF-8", id="not text"),

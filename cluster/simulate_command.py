@@ -1,0 +1,110 @@
+"""`pdserve simulate`: one configuration over one workload, on virtual time, and what would come of it.
+
+Reads the files and shows the report; the simulation is `planner.simulation`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from pdserve.cluster import command_options as options
+from pdserve.cluster.config import DEFAULT_CONFIG, ClusterConfig, load_config
+from pdserve.cluster.load_report import LoadReport, render
+from pdserve.cluster.planner import profile as profiles
+from pdserve.cluster.planner.profile import Profile
+from pdserve.cluster.planner.simulation import Outcome
+from pdserve.cluster.planner.simulation import simulate as run
+from pdserve.cluster.planner.workload import parse_workload
+from pdserve.cluster.simulation_report import render_workers, report_of
+from pdserve.proto.errors import ConfigError
+from pdserve.proto.types import SLO, Role
+
+DEFAULT_NUM_REQUESTS = 2000
+
+
+def simulate(
+    profile: Annotated[
+        list[str],
+        typer.Option(help="Profile of the workers (JSON); ROLE=FILE for one role. May be repeated."),
+    ],
+    workload: Annotated[
+        str, typer.Option(help="A preset, trace:FILE, synthetic?..., sessions?...; see docs/planner.md.")
+    ] = "azure-conv",
+    config: Annotated[Path, typer.Option("--config", "-c", help="Cluster configuration (YAML).")] = DEFAULT_CONFIG,
+    override: Annotated[list[str] | None, typer.Option("--set", help="section.key=value; may be repeated.")] = None,
+    request_rate: Annotated[
+        float | None, typer.Option(help="Mean requests per second; default: the workload's.")
+    ] = None,
+    num_prompts: Annotated[int, typer.Option(min=1, help="Requests to simulate.")] = DEFAULT_NUM_REQUESTS,
+    ttft_ms: Annotated[float, typer.Option(min=0, help="Target time to first token.")] = 1000.0,
+    tpot_ms: Annotated[float, typer.Option(min=0, help="Target time per output token after the first.")] = 100.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the workload.")] = 0,
+    as_json: options.Json = False,
+) -> None:
+    """Simulate a cluster: the real scheduler, hand-off, admission and policy over profiled step times.
+
+    Exit status 1 when nothing completed.
+    """
+    settings = load_config(config, override or [])
+    by_role = read_profiles(profile, settings)
+    longest = min(one.max_model_len for one in by_role.values())
+    source = parse_workload(workload, Path.cwd()).for_model(longest).source(request_rate, seed, num_prompts)
+    started_s = time.perf_counter()
+    outcome = run(settings, by_role, source)
+    took_s = time.perf_counter() - started_s
+    report = report_of(outcome, SLO(ttft_ms, tpot_ms))
+    _show(report, outcome, by_role, took_s, as_json)
+    raise typer.Exit(0 if report.num_completed else 1)
+
+
+def read_profiles(written: list[str], settings: ClusterConfig) -> dict[Role, Profile]:
+    """The profile of every role that has workers; a later one replaces an earlier one.
+
+    Raises:
+        ConfigError: a file cannot be read or makes no sense, or a role has no profile.
+    """
+    wanted = [role for role in Role if settings.replicas(role)]
+    found: dict[Role, Profile] = {}
+    for text in written:
+        name, separator, path = text.partition("=")
+        if separator and name in list(Role):
+            found[Role(name)] = _read(Path(path))
+        else:
+            found |= dict.fromkeys(wanted, _read(Path(text)))
+    missing = [str(role) for role in wanted if role not in found]
+    if missing:
+        raise ConfigError(f"--profile: none for {' and '.join(missing)} workers; give FILE or {missing[0]}=FILE")
+    return {role: found[role] for role in wanted}
+
+
+def _read(path: Path) -> Profile:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--profile: {path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    return profiles.load(text, str(path))
+
+
+def _show(report: LoadReport, outcome: Outcome, by_role: dict[Role, Profile], took_s: float, as_json: bool) -> None:
+    used = {str(role): {"name": profile.name, "source": profile.source} for role, profile in by_role.items()}
+    warnings = outcome.extrapolation.summary()
+    if as_json:
+        busy = {name: busy_s / max(outcome.end_s, 1e-9) for name, busy_s in outcome.busy_s.items()}
+        typer.echo(json.dumps({**asdict(report), "busy": busy, "profiles": used, "extrapolated": warnings}))
+        return
+    console = Console()
+    for table in (*render(report), render_workers(outcome)):
+        console.print(table)
+    for role, words in used.items():
+        console.print(f"{role}: step times of {words['name']}, {words['source']}", highlight=False)
+    for line in warnings:
+        console.print(f"beyond what was measured: {line}", highlight=False)
+    num_requests = len(outcome.records)
+    console.print(f"{num_requests:,} requests in {took_s:.1f} s, {num_requests / max(took_s, 1e-9):,.0f} a second")

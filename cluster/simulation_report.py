@@ -1,0 +1,58 @@
+"""What a simulation amounts to, in the report of real load and a table of its workers.
+
+The same sums judge both, so that a simulation and a cluster can be laid side by side. Knows nothing of how either ran.
+"""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from pdserve.client import Timings
+from pdserve.cluster.load import LoadResult, RequestRecord
+from pdserve.cluster.load_report import LoadReport, summarize
+from pdserve.cluster.planner.simulation import Outcome
+from pdserve.cluster.planner.virtual_router import Record
+from pdserve.proto.types import SLO
+
+
+def report_of(outcome: Outcome, slo: SLO) -> LoadReport:
+    """The simulation as if it had been measured by clients."""
+    records = sorted(outcome.records, key=lambda record: record.arrival.at_s)
+    loads = tuple(_as_measured(record) for record in records)
+    return summarize(LoadResult(loads, 0.0, outcome.end_s, num_capped=0, num_clipped=0), slo)
+
+
+def _as_measured(record: Record) -> RequestRecord:
+    failed = record.failure or None
+    return RequestRecord(
+        timing=record.timing(),
+        num_prompt_tokens=record.arrival.num_prompt_tokens,
+        phases=None if failed else phases_of(record),
+        error_code=failed,
+        error_message=record.failure,
+    )
+
+
+def phases_of(record: Record) -> Timings:
+    """Where the time of a request that ended well went, at its workers."""
+    assert record.first_token_s is not None
+    assert record.end_s is not None
+    is_split = record.prefill_id != record.decode_id
+    decode_began_s = record.decode_started_s if is_split else record.first_token_s
+    return Timings(
+        prefill_queue_ms=(record.prefill_started_s - record.queued_s) * 1e3,
+        prefill_ms=(record.prefilled_s - record.prefill_started_s) * 1e3,
+        transfer_ms=(record.admitted_s - record.prefilled_s) * 1e3 if is_split else 0.0,
+        decode_queue_ms=(record.decode_started_s - record.admitted_s) * 1e3 if is_split else 0.0,
+        decode_ms=(record.end_s - decode_began_s) * 1e3,
+    )
+
+
+def render_workers(outcome: Outcome) -> Table:
+    """How busy each worker's engine was."""
+    table = Table(title="Workers")
+    table.add_column("worker")
+    table.add_column("busy", justify="right")
+    for name, busy_s in outcome.busy_s.items():
+        table.add_row(name, f"{busy_s / max(outcome.end_s, 1e-9):.0%}")
+    return table

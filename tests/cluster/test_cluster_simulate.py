@@ -1,0 +1,110 @@
+"""`pdserve simulate` as its users meet it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_runner import application
+from planner_setups import make_profile
+from typer.testing import CliRunner, Result
+
+from pdserve.cluster.planner.profile import dump
+from pdserve.cluster.simulate_command import simulate
+
+APP = application(simulate)
+POOLS = ("--set", "engine.num_blocks=2000")
+
+
+@pytest.fixture
+def profile(tmp_path: Path) -> Path:
+    path = tmp_path / "profile.json"
+    path.write_text(dump(make_profile()))
+    return path
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(APP, ["simulate", *POOLS, "--num-prompts", "60", *arguments])
+
+
+def simulated(profile: Path, *arguments: str) -> dict[str, Any]:
+    done = invoke("--profile", str(profile), "--json", *arguments)
+    assert done.exit_code == 0, done.output
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def test_the_report_is_that_of_real_load_with_the_workers_and_where_their_figures_come_from(profile: Path) -> None:
+    found = simulated(profile, "--workload", "short?rate=5")
+    assert found["num_completed"] == found["num_requests"] == 60
+    assert found["ttft"]["p50_ms"] > 0
+    assert found["attainment"] > 0.9
+    assert set(found["busy"]) == {"prefill-0", "decode-0"}
+    assert found["profiles"]["decode"] == {"name": "made up", "source": "predicted"}
+    phases = found["phase_means_ms"]
+    assert all(phases[name] > 0 for name in ("prefill", "transfer", "decode"))
+    # The phases of a request are its life, less what lies before the queue and after the last step.
+    assert sum(phases.values()) == pytest.approx(found["e2e"]["mean_ms"], rel=0.1)
+
+
+def test_the_same_seed_gives_the_same_report_and_another_rate_another(profile: Path) -> None:
+    first, again = (simulated(profile, "--workload", "short", "--seed", "3") for _ in range(2))
+    assert first == again
+    faster = simulated(profile, "--workload", "short", "--seed", "3", "--request-rate", "50")
+    assert faster["ttft"]["mean_ms"] > first["ttft"]["mean_ms"]
+
+
+def test_people_see_tables_and_what_was_never_measured(profile: Path) -> None:
+    narrow = make_profile()
+    single = narrow.domain.decode_batch.model_copy(update={"largest": 1})
+    narrow = narrow.model_copy(update={"domain": narrow.domain.model_copy(update={"decode_batch": single})})
+    profile.write_text(dump(narrow))
+    done = invoke("--profile", str(profile), "--workload", "short", "--request-rate", "40")
+    assert done.exit_code == 0, done.output
+    assert "prefill-0" in done.stdout
+    assert "beyond what was measured" in done.stdout
+    assert "predicted" in done.stdout
+
+
+def test_each_role_may_have_a_profile_of_its_own(profile: Path, tmp_path: Path) -> None:
+    slow = tmp_path / "slow.json"
+    slow.write_text(dump(make_profile(name="slow", overheads={"request_s": 1.0})))
+    found = simulated(profile, "--workload", "short", "--profile", f"prefill={slow}")
+    assert found["profiles"]["prefill"]["name"] == "slow"
+    assert found["profiles"]["decode"]["name"] == "made up"
+    assert found["ttft"]["p50_ms"] > 1000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--profile", "no-such.json"], "--profile: no-such.json: cannot be read"),
+        (["--workload", "no-such-workload"], "is neither a preset"),
+        (["--workload", "trace:/no/such/trace.csv"], "/no/such/trace.csv"),
+        (["--request-rate", "0"], "rate"),
+        (["--set", "prefill.replicas=0", "--set", "decode.replicas=0"], "0 and 0 cannot serve"),
+        (["--set", "engine.nonsense=1"], "engine.nonsense"),
+    ],
+    ids=["profile", "workload", "trace", "rate", "nobody", "setting"],
+)
+def test_wrong_use_is_one_line_and_exit_status_2(profile: Path, arguments: list[str], words: str) -> None:
+    done = invoke("--profile", str(profile), *arguments)
+    assert done.exit_code == 2, done.output
+    (line,) = done.stderr.splitlines()
+    assert words in line
+
+
+def test_a_profile_that_makes_no_sense_names_its_field(tmp_path: Path) -> None:
+    path = tmp_path / "bad.json"
+    path.write_text('{"format": 1, "name": "x"}')
+    done = invoke("--profile", str(path))
+    assert done.exit_code == 2
+    assert "bad.json: model" in done.stderr
+
+
+def test_a_role_without_a_profile_is_named(profile: Path) -> None:
+    done = invoke("--profile", f"prefill={profile}")
+    assert done.exit_code == 2
+    assert "none for decode workers" in done.stderr
