@@ -171,10 +171,6 @@ class BlockPool:
             found.append(block_id)
         return found
 
-    def clear_cache(self) -> None:
-        """Forget all labels."""
-        self.unlabel(list(self._keys))
-
     def reserve(self, num_blocks: int) -> None:
         assert num_blocks >= 0
         self._num_reserved += num_blocks

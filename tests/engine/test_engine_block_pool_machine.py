@@ -132,11 +132,6 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool.unlabel(blocks)
         self.forget(blocks)
 
-    @rule()
-    def clear_cache(self) -> None:
-        self.pool.clear_cache()
-        self.forget(list(self.content))
-
     @rule(keys=st.lists(st.sampled_from(KEYS), unique=True))
     def find(self, keys: list[bytes]) -> None:
         found = self.pool.find(keys)
