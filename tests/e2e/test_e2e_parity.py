@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from families import Tally, awkward_lengths, random_prompt, reference_generate_all
@@ -54,7 +55,13 @@ CASES = (
 )
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
+def params() -> list[Any]:
+    """A cluster takes a quarter of a minute: those whose roles and links others have too are left to CI."""
+    slow = ("demo, 1P1D", "mistral, 1P1D, shm", "gemma2, 1P2D, gloo")
+    return [pytest.param(case, id=case.label, marks=[pytest.mark.slow] if case.label in slow else []) for case in CASES]
+
+
+@pytest.mark.parametrize("case", params())
 def test_the_cluster_says_what_generate_says(
     case: Case, environment: dict[str, str], demo_model: Path, request: pytest.FixtureRequest
 ) -> None:
