@@ -103,22 +103,41 @@ def least_loaded(views: Sequence[WorkerView], prompt_tokens: int, turn: int) -> 
     """A decode side with room before one without; then the least work ahead of this request on both sides.
 
     Work ahead is counted in requests like this one: prefill backlog in units of its own prompt, plus one for each
-    sequence on the decode side. Ties go round by `turn`.
+    sequence on the decode side. Ties go round by `turn`. The sum is least where both parts are, so that each side is
+    looked through once.
     """
-    possible = list(pairs(views))
-    if not possible:
-        return None
-
-    def cost(index: int) -> tuple[bool, float, int]:
-        prefill, decode = possible[index]
+    live = [view for view in views if not view.load.draining]
+    prefills = [view for view in live if view.load.role is Role.PREFILL]
+    sides = [view for view in live if view.load.role is not Role.PREFILL]
+    feeders: dict[KVLayout, WorkerView | None] = {}
+    best: tuple[bool, float, int] | None = None
+    chosen: tuple[WorkerView, WorkerView] | None = None
+    for index, decode in enumerate(sides):
+        prefill = decode if decode.load.role is Role.MIXED else None
+        if decode.load.role is Role.DECODE:
+            if decode.layout not in feeders:
+                feeders[decode.layout] = _least_backlog(prefills, decode.layout, turn)
+            prefill = feeders[decode.layout]
+        if prefill is None:
+            continue
         ahead = prefill.backlog_tokens / max(1, prompt_tokens) + decode.num_sequences
-        return not decode.has_room(prompt_tokens + 1), ahead, (index - turn) % len(possible)
-
-    best = min(range(len(possible)), key=cost)
-    full, ahead, _ = cost(best)
-    prefill, decode = possible[best]
+        cost = (not decode.has_room(prompt_tokens + 1), ahead, (index - turn) % len(sides))
+        if best is None or cost < best:
+            best, chosen = cost, (prefill, decode)
+    if best is None or chosen is None:
+        return None
+    full, ahead, _ = best
     reason = f"{ahead:.1f} requests of work ahead" + (", no decode worker has room" if full else "")
-    return Placement(prefill.worker_id, decode.worker_id, reason)
+    return Placement(chosen[0].worker_id, chosen[1].worker_id, reason)
+
+
+def _least_backlog(prefills: Sequence[WorkerView], layout: KVLayout, turn: int) -> WorkerView | None:
+    """Of those that can feed a decode worker of this layout."""
+    fitting = [view for view in prefills if not layout.obstacles(view.layout)]
+    if not fitting:
+        return None
+    num = len(fitting)
+    return fitting[min(range(num), key=lambda index: (fitting[index].backlog_tokens, (index - turn) % num))]
 
 
 def place(policy: Policy, views: Sequence[WorkerView], prompt_tokens: int, turn: int) -> Placement:
