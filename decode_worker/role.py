@@ -290,6 +290,8 @@ class DecodeRole:
             except WorkerLost as error:
                 # Not for ever: the lease at the source lapses by itself.
                 logger.warning("release of %s at %s: %s", handoff, source.worker_id, error.message)
+                if self._peers.is_gone(source):
+                    return
             except PdserveError as error:
                 logger.warning("release of %s at %s was refused: %s", handoff, source.worker_id, error.message)
                 return

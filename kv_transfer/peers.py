@@ -76,6 +76,10 @@ class Peers:
         )
         await self._ask(source, pb.PeerRequest(release=release))
 
+    def is_gone(self, peer: WorkerRef) -> bool:
+        """Whether somebody has said so: asking it again is of no use."""
+        return (peer.worker_id, peer.generation) in self._gone
+
     async def drop(self, worker_id: str, generation: int) -> None:
         """The process is gone: requests to it that are under way, and any later ones, end with WorkerLost."""
         self._gone.add((worker_id, generation))
@@ -102,7 +106,7 @@ class Peers:
 
     def _stream(self, peer: WorkerRef) -> _Stream:
         """The one that is open, or a new one."""
-        if (peer.worker_id, peer.generation) in self._gone:
+        if self.is_gone(peer):
             raise WorkerLost(f"{peer.worker_id} is gone")
         if peer not in self._channels:
             self._channels[peer] = self._open_channel(peer.address)
