@@ -24,7 +24,7 @@ import itertools
 import logging
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from pdserve.proto.clock import now
@@ -52,6 +52,7 @@ class _Run:
     inbox: Inbox
     legs: dict[str, WorkerConnection]
     calls: dict[str, asyncio.Task[None]]
+    told: set[str] = field(default_factory=set)  # workers that an abort is on its way to, or has reached
 
 
 class Pipeline:
@@ -195,7 +196,7 @@ class Pipeline:
             await asyncio.shield(task)
         finally:
             # It may have been counted as lost meanwhile; what it took in after that, it holds until it is told.
-            if completion.error is not None:
+            if completion.error is not None and leg.worker_id not in run.told:
                 completion.holders.add(leg.worker_id)
 
     async def _stream(self, run: _Run, emit: Emit) -> None:
@@ -235,6 +236,7 @@ class Pipeline:
             task = asyncio.create_task(self._abort_leg(run, run.legs[worker_id], reason))
             self._aborts.add(task)
             task.add_done_callback(self._aborts.discard)
+        run.told |= holders
         holders.clear()
 
     async def _abort_leg(self, run: _Run, leg: WorkerConnection, reason: str) -> None:

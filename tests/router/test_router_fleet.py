@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -82,6 +83,18 @@ async def test_a_worker_that_the_controller_calls_dead_ends_its_requests(scene: 
     assert error.code() is grpc.StatusCode.UNAVAILABLE
     assert "d0" in (error.details() or "")
     await until(lambda: p0.aborts == [id])
+
+
+async def test_a_request_that_ends_while_a_worker_is_being_asked_is_aborted_there_once(scene: Scene) -> None:
+    p0, d0 = scene.workers
+    p0.held["Prefill"] = asyncio.Event()
+    call, id = await started(scene)
+    scene.controller.announce([p0], dead=[d0])
+    await until(lambda: len(scene.router.fleet.views()) == 1)
+    p0.held["Prefill"].set()
+    await error_of(call)
+    await scene.router.pipeline.close()
+    assert p0.aborts == [id]
 
 
 async def test_a_broken_stream_comes_back_and_serves_again(scene: Scene) -> None:
