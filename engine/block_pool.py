@@ -90,7 +90,9 @@ class BlockPool:
         assert num_blocks >= 0
         assert state in CLAIMS, f"{state} is no claim"
         assert self.can_take(num_blocks), f"took {num_blocks} blocks of {self.num_free} free ones"
-        block_ids = [self._free.popleft() if self._free else self._evict() for _ in range(num_blocks)]
+        num_cached = max(0, num_blocks - len(self._free))
+        block_ids = [self._free.popleft() for _ in range(num_blocks - num_cached)]
+        block_ids += [self._evict() for _ in range(num_cached)]
         claims, num_claims = self._claims[state], self._num_claims
         for block_id in block_ids:
             claims[block_id] = num_claims[block_id] = 1
@@ -231,12 +233,13 @@ class BlockPool:
 
     def _check_ids(self, block_ids: list[int]) -> None:
         assert len(set(block_ids)) == len(block_ids), f"a block is named twice in {block_ids}"
-        unknown = [block_id for block_id in block_ids if not 0 <= block_id < self.num_blocks]
-        assert not unknown, f"blocks {unknown} do not exist"
+        if block_ids:
+            assert min(block_ids) >= 0, f"block {min(block_ids)} does not exist"
+            assert max(block_ids) < self.num_blocks, f"block {max(block_ids)} does not exist"
 
     def _check_claimed(self, block_ids: list[int], state: BlockState) -> None:
         assert state in CLAIMS, f"{state} is no claim"
         self._check_ids(block_ids)
-        claims = self._claims[state]
-        for block_id in block_ids:
-            assert claims[block_id], f"block {block_id} is {self.state(block_id)}, not {state}"
+        if not all(map(self._claims[state].__getitem__, block_ids)):
+            wrong = next(block_id for block_id in block_ids if not self._claims[state][block_id])
+            raise AssertionError(f"block {wrong} is {self.state(wrong)}, not {state}")

@@ -36,7 +36,7 @@ from pdserve.proto.types import HandoffId, TokenInfo, WorkerRequest
 
 
 @dataclass(slots=True)
-class _Draft:
+class Draft:
     """A plan in the making. `budget` is the number of tokens that may still be added."""
 
     budget: int
@@ -96,7 +96,7 @@ class Scheduler:
     @property
     def queued_tokens(self) -> int:
         """Tokens known and not computed, of all sequences."""
-        return sum([sequence.num_uncomputed for sequence in self._by_id.values()])
+        return sum([sequence.num_uncomputed for sequence in (*self._running, *self._redeemed, *self._waiting)])
 
     @property
     def wanted_blocks(self) -> int:
@@ -156,7 +156,7 @@ class Scheduler:
 
     def schedule(self, now_s: float) -> StepPlan:
         """Decide the next step, take the blocks that it needs, and mark the moment for those that start."""
-        draft = _Draft(self.max_num_batched_tokens)
+        draft = Draft(self.max_num_batched_tokens)
         self._schedule_decodes(draft)
         self._continue_prefills(draft)
         # Who was evicted a moment ago must not take the freed blocks back in the same step.
@@ -191,7 +191,7 @@ class Scheduler:
         assert next(results, None) is None, "more results than sampled sequences"
         return Committed(tuple(steps), tuple(parts))
 
-    def _schedule_decodes(self, draft: _Draft) -> None:
+    def _schedule_decodes(self, draft: Draft) -> None:
         """Sequences with one token to go, evicting younger ones if need be."""
         index = 0
         while index < len(self._running):  # victims are younger, hence further on: the index stays right
@@ -200,16 +200,16 @@ class Scheduler:
             if sequence.num_uncomputed == 1 and (sequence.has_room or self._grow(sequence, draft.preempted)):
                 draft.add_decode(sequence)
 
-    def _continue_prefills(self, draft: _Draft) -> None:
+    def _continue_prefills(self, draft: Draft) -> None:
         """Running sequences with more to go. They took all their blocks at admission."""
         for sequence in self._running:
             if draft.budget > 0 and sequence.num_uncomputed > 1:
                 draft.add(sequence)
 
-    def _admit(self, draft: _Draft) -> Limit:
+    def _admit(self, draft: Draft) -> Limit:
         """Let in redeemed, then waiting sequences, in order, until one does not fit. Nobody is evicted for them."""
         while self._redeemed or self._waiting:
-            if len(self._running) >= self.max_num_seqs:
+            if self.num_running >= self.max_num_seqs:
                 return Limit.SEQS
             if draft.budget == 0:
                 return Limit.TOKENS

@@ -29,6 +29,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 from pdserve.kv_transfer.effects import FreeBlocks, Ignored, QuarantineBlocks, Refused
 from pdserve.proto.types import HandoffId, WorkerRef
@@ -57,8 +58,7 @@ class SendKey:
     part: int
 
 
-@dataclass(frozen=True, slots=True)
-class Lease:
+class Lease(NamedTuple):
     """`parts` are the block ids of each part so far; the last brings `first_token`. `num_tokens` is the prompt's.
 
     `num_accepted` parts the target knows of; `is_offering`: an offer is out and not answered. `send` is the newest

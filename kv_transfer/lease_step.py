@@ -5,8 +5,6 @@ The life cycle is drawn in `lease`. No clock, no I/O; knows nothing of gRPC, lin
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from pdserve.kv_transfer.effects import FreeBlocks, Ignored, QuarantineBlocks, Refused
 from pdserve.kv_transfer.lease import (
     Abort,
@@ -71,8 +69,8 @@ def _part_computed(lease: Lease | None, event: PartComputed, now_s: float) -> Le
         return lease, (FreeBlocks(event.id, event.block_ids, from_quarantine=False, reason=reason),)
     assert not lease.is_complete, f"{event.id}: a part came after the last one"
     if lease.state is LeaseState.ACCEPTED:
-        lease = replace(lease, state=LeaseState.LEASED, expires_s=now_s + lease.times.lease_s)
-    return _offer_next(replace(lease, parts=(*lease.parts, event.block_ids), first_token=event.first_token), now_s)
+        lease = lease._replace(state=LeaseState.LEASED, expires_s=now_s + lease.times.lease_s)
+    return _offer_next(lease._replace(parts=(*lease.parts, event.block_ids), first_token=event.first_token), now_s)
 
 
 def _offer_next(lease: Lease, now_s: float) -> LeaseStep:
@@ -89,17 +87,17 @@ def _offer_next(lease: Lease, now_s: float) -> LeaseStep:
         block_ids=lease.parts[part],
         first_token=lease.first_token if part == len(lease.parts) - 1 else None,
     )
-    return replace(lease, is_offering=True), (offer,)
+    return lease._replace(is_offering=True), (offer,)
 
 
 def _offer_ended(lease: Lease | None, event: OfferEnded, now_s: float) -> LeaseStep:
     if lease is None or not lease.is_live or not lease.is_offering or event.part != lease.num_accepted:
         return lease, (Ignored(event.id, f"part {event.part} is not being offered"),)
-    answered = replace(lease, is_offering=False)
+    answered = lease._replace(is_offering=False)
     if not event.error_kind:
-        return _offer_next(replace(answered, num_accepted=lease.num_accepted + 1), now_s)
+        return _offer_next(answered._replace(num_accepted=lease.num_accepted + 1), now_s)
     if event.is_transient:
-        return replace(answered, offer_at_s=now_s + lease.times.retry_s), ()
+        return answered._replace(offer_at_s=now_s + lease.times.retry_s), ()
     message = f"{lease.target.worker_id} did not take the offer: {event.message}"
     after, effects = _finish(answered, event.id, message)
     return after, (*effects, HandoffFailed(event.id, event.error_kind, message))
@@ -115,7 +113,7 @@ def _renew(lease: Lease | None, event: Renew, now_s: float) -> LeaseStep:
 
 
 def _prolong(lease: Lease, now_s: float) -> Lease:
-    return replace(lease, expires_s=max(lease.expires_s, now_s + lease.times.lease_s))
+    return lease._replace(expires_s=max(lease.expires_s, now_s + lease.times.lease_s))
 
 
 def _start_send(lease: Lease | None, event: SendStarted, now_s: float) -> LeaseStep:
@@ -130,7 +128,7 @@ def _start_send(lease: Lease | None, event: SendStarted, now_s: float) -> LeaseS
         return lease, (Refused(event.id, "StaleReference", message),)
     # Asking for the blocks shows that the decode worker lives: it counts as a renewal.
     running = (*lease.running, event.key)
-    sending = replace(_prolong(lease, now_s), state=LeaseState.SENDING, send=event.key, running=running)
+    sending = _prolong(lease, now_s)._replace(state=LeaseState.SENDING, send=event.key, running=running)
     block_ids = lease.parts[event.key.part][event.first :]
     return sending, (StartSend(lease.id, lease.target, event.key, block_ids),)
 
@@ -140,9 +138,9 @@ def _end_send(lease: Lease | None, event: SendEnded) -> LeaseStep:
         return lease, (Ignored(event.id, f"no send {event.key}"),)
     running = tuple(key for key in lease.running if key != event.key)
     if running:
-        return replace(lease, running=running), ()
+        return lease._replace(running=running), ()
     if lease.state is LeaseState.SENDING:
-        return replace(lease, state=LeaseState.LEASED, running=()), ()
+        return lease._replace(state=LeaseState.LEASED, running=()), ()
     return None, (FreeBlocks(lease.id, lease.block_ids, from_quarantine=True, reason="the send has ended"),)
 
 
@@ -159,7 +157,7 @@ def _finish(lease: Lease | None, id: HandoffId, reason: str) -> LeaseStep:
             return None, (*stop, FreeBlocks(id, lease.block_ids, from_quarantine=False, reason=reason))
         case LeaseState.SENDING:
             # Even "redeemed" waits for the send to return: it usually overtakes it by moments.
-            quarantined = replace(lease, state=LeaseState.QUARANTINED)
+            quarantined = lease._replace(state=LeaseState.QUARANTINED)
             return quarantined, (*stop, QuarantineBlocks(id, lease.block_ids, reason))
 
 

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 from pdserve.kv_transfer.effects import FreeBlocks, Ignored, QuarantineBlocks, Refused
 from pdserve.proto.types import HandoffId, KVLayout, KVPart, KVTicket, WorkerRef
@@ -56,8 +57,7 @@ class Timeouts:
     max_pulls: int
 
 
-@dataclass(frozen=True, slots=True)
-class Reservation:
+class Reservation(NamedTuple):
     """`deadline_s` is the phase's; all times are on the owner's clock.
 
     `ticket` and the first of `parts` are there from OFFERED on; `block_ids` (in this worker's pool, for the whole

@@ -5,8 +5,6 @@ The life cycle is drawn in `reservation`. No clock, no I/O; knows nothing of gRP
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from pdserve.kv_transfer.effects import FreeBlocks, Ignored, QuarantineBlocks, Refused
 from pdserve.kv_transfer.reservation import (
     Abort,
@@ -53,7 +51,7 @@ def step(reservation: Reservation | None, event: ReservationEvent, now_s: float)
         case BlocksRefused():
             if reservation is None or not reservation.asked:
                 return reservation, (Ignored(event.id, "no blocks were asked for"),)
-            return replace(reservation, asked=False), ()
+            return reservation._replace(asked=False), ()
         case PartEnded():
             return _part_ended(reservation, event, now_s)
         case Abort():
@@ -97,13 +95,12 @@ def _offer(reservation: Reservation | None, event: Offer, now_s: float) -> Reser
     if problem:
         after, effects = _end(reservation, "LayoutMismatch", f"{id}: {problem}", release=False)
         return after, (Refused(id, "LayoutMismatch", f"{id}: {problem}"), *effects)
-    offered = replace(reservation, parts=(*reservation.parts, part))
+    offered = reservation._replace(parts=(*reservation.parts, part))
     if reservation.phase is Phase.WAITING:
         return _fetch_next(offered, now_s)
     if reservation.phase is not Phase.RESERVED:
         return offered, ()
-    first = replace(
-        offered,
+    first = offered._replace(
         phase=Phase.OFFERED,
         ticket=ticket,
         offered_s=now_s,
@@ -155,7 +152,7 @@ def _unusable(reservation: Reservation, ticket: KVTicket, part: KVPart) -> str:
 def _room(reservation: Reservation | None, event: Room) -> ReservationStep:
     if reservation is None or reservation.phase is not Phase.OFFERED or reservation.asked:
         return reservation, (Ignored(event.id, "waits for no room"),)
-    return replace(reservation, asked=True), (TakeBlocks(reservation.id, reservation.num_blocks),)
+    return reservation._replace(asked=True), (TakeBlocks(reservation.id, reservation.num_blocks),)
 
 
 def _blocks_taken(reservation: Reservation | None, event: BlocksTaken, now_s: float) -> ReservationStep:
@@ -163,7 +160,7 @@ def _blocks_taken(reservation: Reservation | None, event: BlocksTaken, now_s: fl
         # The answer to an ask of an earlier use of this id, or to none.
         reason = "taken after the request ended"
         return reservation, _give_back(event.id, event.block_ids, event.num_held, reason)
-    taken = replace(reservation, asked=False, block_ids=event.block_ids, num_held=event.num_held)
+    taken = reservation._replace(asked=False, block_ids=event.block_ids, num_held=event.num_held)
     after, effects = _fetch_next(taken, now_s)
     return after, (Unreserve(event.id, reservation.num_blocks), *effects)
 
@@ -173,8 +170,8 @@ def _fetch_next(reservation: Reservation, now_s: float) -> ReservationStep:
     while reservation.num_done < len(reservation.parts):
         part = reservation.parts[reservation.num_done]
         if part.first_block + len(part.block_ids) > reservation.first_needed:
-            return _pull(replace(reservation, num_pulls=0), now_s)
-        reservation = replace(reservation, num_done=reservation.num_done + 1)
+            return _pull(reservation._replace(num_pulls=0), now_s)
+        reservation = reservation._replace(num_done=reservation.num_done + 1)
     if reservation.is_complete:
         first_token = reservation.parts[-1].first_token
         assert first_token is not None
@@ -183,14 +180,13 @@ def _fetch_next(reservation: Reservation, now_s: float) -> ReservationStep:
             Admit(reservation.id, first_token, reservation.block_ids, reservation.num_held),
         )
     deadline_s = _deadline_s(reservation, reservation.timeouts.part_s, now_s)
-    return replace(reservation, phase=Phase.WAITING, deadline_s=deadline_s), ()
+    return reservation._replace(phase=Phase.WAITING, deadline_s=deadline_s), ()
 
 
 def _pull(reservation: Reservation, now_s: float) -> ReservationStep:
     part = reservation.parts[reservation.num_done]
     assert reservation.ticket is not None
-    pulling = replace(
-        reservation,
+    pulling = reservation._replace(
         phase=Phase.TRANSFERRING,
         num_pulls=reservation.num_pulls + 1,
         deadline_s=_deadline_s(reservation, reservation.timeouts.transfer_s, now_s),
@@ -207,8 +203,8 @@ def _part_ended(reservation: Reservation | None, event: PartEnded, now_s: float)
         block_ids = reservation.block_ids[reservation.num_held :]
         return None, (FreeBlocks(event.id, block_ids, from_quarantine=True, reason="the wire is idle"),)
     if not event.error_kind:
-        return _fetch_next(replace(reservation, num_done=reservation.num_done + 1), now_s)
-    idle = replace(reservation, phase=Phase.WAITING)
+        return _fetch_next(reservation._replace(num_done=reservation.num_done + 1), now_s)
+    idle = reservation._replace(phase=Phase.WAITING)
     # No answer is no death: of that the fleet tells.
     kind = "TransferFailed" if event.error_kind == "WorkerLost" else event.error_kind
     if kind in WORTH_A_SECOND_PULL and reservation.num_pulls < reservation.timeouts.max_pulls:
@@ -220,7 +216,7 @@ def _renew(reservation: Reservation | None, now_s: float) -> ReservationStep:
     if reservation is None or not reservation.is_leased or now_s < reservation.renew_at_s:
         return reservation, ()
     assert reservation.ticket is not None
-    renewed = replace(reservation, renew_at_s=now_s + _renew_every_s(reservation, reservation.ticket))
+    renewed = reservation._replace(renew_at_s=now_s + _renew_every_s(reservation, reservation.ticket))
     return renewed, (RenewLease(reservation.id, reservation.ticket.source),)
 
 
@@ -262,7 +258,7 @@ def _end(reservation: Reservation, kind: str, message: str, release: bool = True
     effects: Effects = ()
     after: Reservation | None = None
     if reservation.phase is Phase.TRANSFERRING:
-        after = replace(reservation, phase=Phase.QUARANTINED)
+        after = reservation._replace(phase=Phase.QUARANTINED)
         effects += (QuarantineBlocks(id, received, message), *_release_held(id, reservation.block_ids[:held]))
     elif reservation.block_ids:
         effects += _give_back(id, reservation.block_ids, held, message)

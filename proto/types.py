@@ -14,6 +14,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
 
 class Role(StrEnum):
@@ -31,11 +32,11 @@ class FinishReason(StrEnum):
     LENGTH = "length"
 
 
-@dataclass(frozen=True, slots=True)
-class HandoffId:
+class HandoffId(NamedTuple):
     """Identity of one attempt at one request, minted once by the router.
 
-    `epoch` identifies the router's run; everything that carries an older epoch or attempt is stale.
+    `epoch` identifies the router's run; everything that carries an older epoch or attempt is stale. A named tuple,
+    since it is a key in every table and hashed with every look.
     """
 
     request_id: str
@@ -46,8 +47,7 @@ class HandoffId:
         return f"{self.request_id}#{self.attempt}@{self.epoch:x}"
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerRef:
+class WorkerRef(NamedTuple):
     """A worker process. A restarted worker keeps its id and gets a new generation."""
 
     worker_id: str
@@ -135,6 +135,8 @@ class KVLayout:
 
     def obstacles(self, other: KVLayout) -> list[str]:
         """The differences that keep two workers from exchanging KV: all but the block size and a quantised dtype."""
+        if self == other:  # asked for every offer, and nearly always so
+            return []
         is_quantised = "int8" in (self.dtype, other.dtype) and {self.dtype, other.dtype} <= DTYPE_BYTES.keys()
         bridged = ("block_size:", "dtype:") if is_quantised else ("block_size:",)
         return [difference for difference in self.differences(other) if not difference.startswith(bridged)]

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from pdserve.engine.plan import StepPlan
+
 
 class StepShape(NamedTuple):
     """Sums over the sequences of one step. A step with both kinds is mixed."""
@@ -21,3 +23,17 @@ class StepShape(NamedTuple):
 def chunk_pairs(num_tokens: int, context_tokens: int) -> float:
     """Attention work of a prefill chunk: `num_tokens` queries behind `context_tokens` computed tokens."""
     return num_tokens * (context_tokens + num_tokens / 2)
+
+
+def shape_of(plan: StepPlan) -> StepShape:
+    """What the step's duration depends on."""
+    num_prefill_tokens = num_decodes = context_tokens = 0
+    pairs = 0.0
+    for sequence, start, num_tokens, _ in plan.scheduled:
+        if num_tokens == 1 and start >= len(sequence.request.prompt_token_ids):
+            num_decodes += 1
+            context_tokens += start + 1
+        else:
+            num_prefill_tokens += num_tokens
+            pairs += chunk_pairs(num_tokens, start)
+    return StepShape(num_prefill_tokens, pairs, num_decodes, context_tokens)

@@ -10,7 +10,8 @@ from collections import deque
 from collections.abc import Callable
 
 from pdserve.cluster.planner.clock import Clock
-from pdserve.cluster.planner.step_shape import StepShape, chunk_pairs
+from pdserve.cluster.planner.standing import StandingScheduler
+from pdserve.cluster.planner.step_shape import StepShape, shape_of
 from pdserve.engine.plan import Committed, StepPlan, StepResult
 from pdserve.engine.scheduler import Scheduler
 from pdserve.engine.turn import Turn, turn_of
@@ -28,6 +29,7 @@ class VirtualEngine:
         self, clock: Clock, scheduler: Scheduler, duration_s: Duration, on_turn: Callable[[Turn], None]
     ) -> None:
         self.scheduler = scheduler
+        self._shape_of = scheduler.shape_of if isinstance(scheduler, StandingScheduler) else shape_of
         self.pool = scheduler.pool
         self.busy_s = 0.0
         self._clock = clock
@@ -35,8 +37,8 @@ class VirtualEngine:
         self._on_turn = on_turn
         self._commands: deque[Command] = deque()
         self._is_awake = False
-        self._num_steps = 0
-        self._num_preemptions = 0
+        self.num_steps = 0
+        self.num_preemptions = 0
 
     def post(self, command: Command) -> None:
         """Run `command` before the next step, in order of posting."""
@@ -60,8 +62,9 @@ class VirtualEngine:
                     return
                 continue
             plan = scheduler.schedule(self._clock.now_s)
-            if plan.scheduled:
-                duration_s = self._duration_s(shape_of(plan))
+            shape = self._shape_of(plan)
+            if shape.num_decodes or shape.num_prefill_tokens:
+                duration_s = self._duration_s(shape)
                 self._clock.after(duration_s, self._computed, plan, duration_s)
                 return
             self._publish(StepResult.of(plan, Committed(), 0.0))
@@ -77,20 +80,6 @@ class VirtualEngine:
 
     def _publish(self, step: StepResult | None) -> None:
         if step is not None:
-            self._num_steps += 1
-            self._num_preemptions += len(step.preempted)
-        self._on_turn(turn_of(step, self.pool, self.scheduler, self._num_steps, self._num_preemptions))
-
-
-def shape_of(plan: StepPlan) -> StepShape:
-    """What the step's duration depends on."""
-    num_prefill_tokens = num_decodes = context_tokens = 0
-    pairs = 0.0
-    for sequence, start, num_tokens, _ in plan.scheduled:
-        if num_tokens == 1 and start >= len(sequence.request.prompt_token_ids):
-            num_decodes += 1
-            context_tokens += start + 1
-        else:
-            num_prefill_tokens += num_tokens
-            pairs += chunk_pairs(num_tokens, start)
-    return StepShape(num_prefill_tokens, pairs, num_decodes, context_tokens)
+            self.num_steps += 1
+            self.num_preemptions += len(step.preempted)
+        self._on_turn(turn_of(step, self.pool, self.scheduler, self.num_steps, self.num_preemptions))

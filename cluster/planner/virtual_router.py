@@ -48,7 +48,7 @@ class Record:
 class _Run:
     record: Record
     request: WorkerRequest
-    legs: tuple[VirtualWorker, ...] = ()
+    legs: tuple[VirtualWorker, ...] = ()  # the decode side first
 
 
 class VirtualRouter:
@@ -114,6 +114,8 @@ class VirtualRouter:
             record.admitted_s = step.sequence.arrival_s
             record.decode_started_s = step.sequence.first_scheduled_s or 0.0
             self._leave(run, "", seen_s)
+            if worker is not run.legs[0]:  # its first token was its last: nothing will be handed off
+                run.legs[0].abort(run.request.id, "finished")
 
     def load_arrived(self, worker: VirtualWorker) -> None:
         self._views.pop(worker.worker_id, None)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -252,7 +251,7 @@ async def test_a_dead_peer_ends_what_waits_for_it(family_dir: FamilyDir) -> None
 
 async def test_a_message_for_another_generation_changes_nothing(family_dir: FamilyDir) -> None:
     async with worker_pair(family_dir("llama")) as (prefill, decode):
-        former = replace(prefill.worker.requests.info.worker, generation=1)
+        former = prefill.worker.requests.info.worker._replace(generation=1)
         with pytest.raises(StaleReference):
             await decode.worker._peers.release(former, HandoffId("x", 0, 7), "redeemed")
 

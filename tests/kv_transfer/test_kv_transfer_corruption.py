@@ -166,13 +166,13 @@ def rotated_part(rng: random.Random, wire: Wire, attempt: Attempt) -> Attempt:
 
 def other_attempt(rng: random.Random, wire: Wire, attempt: Attempt) -> Attempt:
     """The bytes of an earlier attempt at the same request."""
-    id = replace(attempt.id, attempt=attempt.id.attempt + 1)
+    id = attempt.id._replace(attempt=attempt.id.attempt + 1)
     return replace(attempt, id=id, wanted=replace(attempt.wanted, id=id), sent=replace(attempt.sent, id=id))
 
 
 def other_epoch(rng: random.Random, wire: Wire, attempt: Attempt) -> Attempt:
     """A router that was restarted: same request, same attempt, another run."""
-    id = replace(attempt.id, epoch=attempt.id.epoch + 1)
+    id = attempt.id._replace(epoch=attempt.id.epoch + 1)
     return replace(attempt, id=id, wanted=replace(attempt.wanted, id=id), sent=replace(attempt.sent, id=id))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Sequence
-from dataclasses import replace
 
 import pytest
 import torch
@@ -65,7 +64,7 @@ def test_many_blocks_have_the_digests_that_each_has_alone(digester: Digester) ->
 
 
 @pytest.mark.parametrize(
-    "other", [replace(ID, attempt=1), replace(ID, epoch=2), replace(ID, request_id="s")], ids=["attempt", "epoch", "id"]
+    "other", [ID._replace(attempt=1), ID._replace(epoch=2), ID._replace(request_id="s")], ids=["attempt", "epoch", "id"]
 )
 def test_the_same_bytes_of_another_hand_off_do_not_pass(digester: Digester, other: HandoffId) -> None:
     with pytest.raises(CorruptKV):

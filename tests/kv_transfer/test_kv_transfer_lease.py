@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 from lease_examples import FIRST, FIRST_TOKEN, ID, KEY, LAST, NUM_TOKENS, TARGET, TIMES, lease_in, offer
 
@@ -63,7 +61,7 @@ def test_a_repeated_accept_changes_nothing() -> None:
 def test_an_accept_for_another_target_is_refused() -> None:
     table = LeaseTable(TIMES)
     table.accept(ID, TARGET, NUM_TOKENS, 0.0)
-    for other in (replace(TARGET, generation=2), replace(TARGET, worker_id="decode-1")):
+    for other in (TARGET._replace(generation=2), TARGET._replace(worker_id="decode-1")):
         with pytest.raises(DuplicateRequest):
             table.accept(ID, other, NUM_TOKENS, 0.0)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import pytest
 from hypothesis import settings
@@ -178,7 +178,7 @@ class LeaseMachine(RuleBasedStateMachine):
         key = SendKey(epoch + (newest.link_epoch - 1 if newest is not None else 1), part)
         target = self.uses[id].target if id in self.uses else TARGETS[0]
         with pytest.raises(StaleReference):
-            self.table.send_started(id, replace(target, generation=9), key, first, self.now_s)
+            self.table.send_started(id, target._replace(generation=9), key, first, self.now_s)
         try:
             self.apply(self.table.send_started(id, target, key, first, self.now_s))
         except StaleReference:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 from lease_examples import FIRST, ID, KEY, LAST, NUM_TOKENS, TARGET, TIMES, lease_in
 
@@ -38,8 +36,8 @@ def test_only_what_the_target_lacks_is_sent() -> None:
 @pytest.mark.parametrize(
     "event",
     [
-        SendStarted(ID, replace(TARGET, generation=2), KEY),
-        SendStarted(ID, replace(TARGET, worker_id="decode-1"), KEY),
+        SendStarted(ID, TARGET._replace(generation=2), KEY),
+        SendStarted(ID, TARGET._replace(worker_id="decode-1"), KEY),
         SendStarted(ID, TARGET, SendKey(3, 2)),
         SendStarted(ID, TARGET, SendKey(3, -1)),
         SendStarted(ID, TARGET, KEY, first=2),
@@ -119,8 +117,8 @@ def test_the_death_of_a_target_ends_what_is_kept_for_that_process() -> None:
     elsewhere = HandoffId("elsewhere", 0, 1)
     for id, target in (
         (ID, TARGET),
-        (successor, replace(TARGET, generation=2)),
-        (elsewhere, replace(TARGET, worker_id="decode-1")),
+        (successor, TARGET._replace(generation=2)),
+        (elsewhere, TARGET._replace(worker_id="decode-1")),
     ):
         table.accept(id, target, NUM_TOKENS, 0.0)
         table.part_computed(id, FIRST, None, 0.0)

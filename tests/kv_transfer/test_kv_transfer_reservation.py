@@ -220,8 +220,8 @@ def test_the_death_of_a_source_ends_what_is_expected_from_that_process() -> None
     table = ReservationTable(LAYOUT, TIMEOUTS)
     successor, elsewhere = HandoffId("successor", 0, 1), HandoffId("elsewhere", 0, 1)
     table.expect(ID, SOURCE, NUM_TOKENS, NEVER, 0.0)
-    table.expect(successor, replace(SOURCE, generation=4), NUM_TOKENS, NEVER, 0.0)
-    table.expect(elsewhere, replace(SOURCE, worker_id="prefill-1"), NUM_TOKENS, NEVER, 0.0)
+    table.expect(successor, SOURCE._replace(generation=4), NUM_TOKENS, NEVER, 0.0)
+    table.expect(elsewhere, SOURCE._replace(worker_id="prefill-1"), NUM_TOKENS, NEVER, 0.0)
     fail = failure(table.peer_gone("prefill-0", 3, 1.0))
     assert fail == Fail(ID, "WorkerLost", "prefill-0 died before its KV had arrived")
     assert set(table.reservations) == {successor, elsewhere}
@@ -233,8 +233,8 @@ def test_the_death_of_a_source_ends_what_is_expected_from_that_process() -> None
 @pytest.mark.parametrize(
     "change",
     [
-        {"source": replace(SOURCE, generation=2)},
-        {"source": replace(SOURCE, worker_id="prefill-1")},
+        {"source": SOURCE._replace(generation=2)},
+        {"source": SOURCE._replace(worker_id="prefill-1")},
         {"id": HandoffId("r", 1, 1)},
         {"id": HandoffId("r", 0, 2)},
     ],

@@ -57,7 +57,7 @@ def test_the_end_of_another_part_proves_nothing() -> None:
 
 def test_an_id_that_is_in_use_cannot_be_expected_differently() -> None:
     table = table_in(Phase.RESERVED)
-    for source, num_tokens in ((replace(SOURCE, generation=4), NUM_TOKENS), (SOURCE, NUM_TOKENS + 1)):
+    for source, num_tokens in ((SOURCE._replace(generation=4), NUM_TOKENS), (SOURCE, NUM_TOKENS + 1)):
         with pytest.raises(DuplicateRequest):
             table.expect(ID, source, num_tokens, NEVER, 1.0)
     with pytest.raises(DuplicateRequest):

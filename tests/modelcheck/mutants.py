@@ -112,7 +112,7 @@ def _one_send_at_a_time(lease: Lease | None, event: LeaseEvent, now_s: float) ->
 
 def _finish_at_once(lease: Lease | None, id: HandoffId, reason: str) -> LeaseStep:
     if lease is not None and lease.state is LeaseState.SENDING:
-        lease = replace(lease, state=LeaseState.LEASED)
+        lease = lease._replace(state=LeaseState.LEASED)
     return _finish(lease, id, reason)
 
 
@@ -124,7 +124,7 @@ def _offer_in_any_order(lease: Lease, now_s: float) -> LeaseStep:
     first_block = sum(len(block_ids) for block_ids in lease.parts[:part])
     target, num_tokens, block_ids = lease.target, lease.num_tokens, lease.parts[part]
     offer = SendOffer(lease.id, target, num_tokens, part, first_block, block_ids, lease.first_token)
-    return replace(lease, is_offering=True), (offer,)
+    return lease._replace(is_offering=True), (offer,)
 
 
 def _sweep_until_unexpired(table: LeaseTable, now_s: float) -> LeaseEffects:
@@ -138,7 +138,7 @@ def _sweep_until_unexpired(table: LeaseTable, now_s: float) -> LeaseEffects:
 
 def _end_at_once(reservation: Reservation, kind: str, message: str, release: bool = True) -> ReservationStep:
     if reservation.phase is Phase.TRANSFERRING:
-        reservation = replace(reservation, phase=Phase.WAITING)
+        reservation = reservation._replace(phase=Phase.WAITING)
     return _end(reservation, kind, message, release)
 
 
@@ -151,7 +151,7 @@ def _admit_early(reservation: Reservation, now_s: float) -> ReservationStep:
 
 def _not_meant_here_but_for_generation(reservation: Reservation | None, ticket: KVTicket, part: KVPart) -> str:
     if reservation is not None:
-        reservation = replace(reservation, source=ticket.source, ticket=ticket)
+        reservation = reservation._replace(source=ticket.source, ticket=ticket)
     return _not_meant_here(reservation, ticket, part)
 
 
@@ -189,7 +189,7 @@ def _repeated_offer_is_wrong(reservation: Reservation | None, event: Reservation
 def _silence_is_death(reservation: Reservation | None, event: ReservationEvent, now_s: float) -> ReservationStep:
     is_lost = isinstance(event, PartEnded) and event.error_kind == "WorkerLost"
     if is_lost and reservation is not None and reservation.phase is Phase.TRANSFERRING:
-        return _end(replace(reservation, phase=Phase.WAITING), "WorkerLost", "did not answer")
+        return _end(reservation._replace(phase=Phase.WAITING), "WorkerLost", "did not answer")
     return _reservation_step(reservation, event, now_s)
 
 

@@ -9,7 +9,6 @@ own, and the number of snapshots stays finite.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
 from modelcheck.vocabulary import LAYOUT
@@ -102,12 +101,12 @@ class Leases:
 
     def expire(self, number: int, id: HandoffId) -> int:
         """Time passes: this lease has expired and nobody has looked yet."""
-        leases = (replace(lease, expires_s=0.0) if lease.id == id else lease for lease in self._snapshots[number])
+        leases = (lease._replace(expires_s=0.0) if lease.id == id else lease for lease in self._snapshots[number])
         return self._snapshots.number(tuple(leases))
 
     def _number(self, table: LeaseTable) -> int:
         leases = table.leases.values()
-        return self._snapshots.number(tuple(replace(lease, offer_at_s=_retry_s(lease)) for lease in leases))
+        return self._snapshots.number(tuple(lease._replace(offer_at_s=_retry_s(lease)) for lease in leases))
 
 
 def _retry_s(lease: Lease) -> float:
@@ -148,7 +147,7 @@ class Reservations:
     def expire(self, number: int, id: HandoffId) -> int:
         """Time passes: this phase has missed its deadline and nobody has looked yet."""
         entries, admitted = self._snapshots[number]
-        late = tuple(replace(entry, deadline_s=0.0) if entry.id == id else entry for entry in entries)
+        late = tuple(entry._replace(deadline_s=0.0) if entry.id == id else entry for entry in entries)
         return self._snapshots.number((late, admitted))
 
     def _number(self, table: ReservationTable) -> int:

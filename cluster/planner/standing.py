@@ -1,0 +1,134 @@
+"""The production scheduler, spared the decodes that only go on: what makes the planner's fast mode fast.
+
+A sequence in steady decode gets one token in every step, and nothing is decided about it until it ends or blocks run
+short. From its first token here on it *stands*: a step counts it instead of visiting it.
+
+    running --got a token, goes on--> standing --its last token, aborted, or blocks run short--> running
+
+In each step the standing ones that begin a block get one from the pool, and those that end go back to the production
+scheduler for their last token. If the pool has too few blocks all go back: who misses the step or is evicted is decided
+there, with everybody's tokens in place. So every step takes the decisions that it would take without standing, at the
+same moments, and lasts as long; only which block is whose differs, and tokens are not told one by one.
+
+For tokens without a value: completions end by their length.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Sequence as Items
+from operator import attrgetter
+from typing import Any
+
+from pdserve.cluster.planner.step_shape import StepShape, shape_of
+from pdserve.engine.block_pool import BlockState
+from pdserve.engine.plan import Committed, StepPlan
+from pdserve.engine.scheduler import Draft, Scheduler
+from pdserve.engine.sequence import Sequence
+from pdserve.proto.errors import PdserveError
+from pdserve.proto.types import HandoffId, TokenInfo
+
+
+class StandingScheduler(Scheduler):
+    """Owner of the standing sequences. They are of one age: every step gives each of them one token."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self._num_steps = 0
+        self._committed_s = 0.0
+        self._since: dict[Sequence, int] = {}  # the number of steps when its tokens were last brought up to date
+        self._ending: dict[int, list[Sequence]] = {}  # by the number of steps before their last one
+        # By the number of steps, modulo the block size, before one that begins a block.
+        self._growing: list[dict[Sequence, None]] = [{} for _ in range(self.block_size)]
+        self._num_known = 0  # tokens of all, each as if it had stood since step 0
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running) + len(self._since)
+
+    @property
+    def queued_tokens(self) -> int:
+        return super().queued_tokens + len(self._since)
+
+    def shape_of(self, plan: StepPlan) -> StepShape:
+        """Of the step that has just been planned, the standing sequences in it."""
+        num_prefill_tokens, pairs, num_decodes, context_tokens = shape_of(plan)
+        num_standing = len(self._since)
+        context_tokens += self._num_known + num_standing * self._num_steps
+        return StepShape(num_prefill_tokens, pairs, num_decodes + num_standing, context_tokens)
+
+    def abort(self, handoff_id: HandoffId) -> Sequence | None:
+        sequence = self._by_id.get(handoff_id)
+        if sequence in self._since:
+            self._return(sequence)
+        return super().abort(handoff_id)
+
+    def commit(self, plan: StepPlan, sampled: Items[TokenInfo | PdserveError], now_s: float) -> Committed:
+        done = super().commit(plan, sampled, now_s)
+        self._num_steps += 1
+        self._committed_s = now_s
+        for step in done.steps:
+            if step.finish is None and not step.handed_off:
+                self._stand(step.sequence)
+        if self.claims.prefix_caching:
+            for sequence in self._growing[self._num_steps % self.block_size]:
+                self._update(sequence)
+                self.claims.label(sequence)
+        return done
+
+    def _schedule_decodes(self, draft: Draft) -> None:
+        growing = self._growing[self._num_steps % self.block_size]
+        decodes = (sequence for sequence in self._running if sequence.num_uncomputed == 1)
+        num_missing = len(growing) + sum(not sequence.has_room for sequence in decodes)
+        if not self.pool.can_take(num_missing):
+            for sequence in list(self._since):
+                self._return(sequence)
+        else:
+            self._grow_all(growing)
+            for sequence in self._ending.pop(self._num_steps, ()):
+                if sequence in self._since:  # who went back may stand again, with the same end
+                    self._return(sequence)
+        draft.budget -= len(self._since)
+        super()._schedule_decodes(draft)
+
+    def _grow_all(self, growing: Items[Sequence] | dict[Sequence, None]) -> None:
+        """A block for each."""
+        if growing:
+            for sequence, block_id in zip(growing, self.pool.take(len(growing), BlockState.RUNNING), strict=True):
+                sequence.block_ids.append(block_id)
+
+    def _stand(self, sequence: Sequence) -> None:
+        """It has just got a token. One that ends with the next one need not stand."""
+        num_tokens = sequence.num_tokens
+        num_left = min(
+            sequence.request.sampling.max_tokens - sequence.num_output_tokens, self.max_model_len - num_tokens
+        )
+        if num_left <= 1:
+            return
+        self._running.remove(sequence)
+        self._since[sequence] = self._num_steps
+        self._num_known += num_tokens - self._num_steps
+        self._growing[self._growth_place(sequence)][sequence] = None
+        self._ending.setdefault(self._num_steps + num_left - 1, []).append(sequence)
+
+    def _growth_place(self, sequence: Sequence) -> int:
+        """Its blocks hold what is computed, all but the newest token: a full last block means that the next step has to
+        begin one."""
+        return (self._num_steps + 1 - sequence.num_tokens) % self.block_size
+
+    def _return(self, sequence: Sequence) -> None:
+        """To the production scheduler, as if it had never stood."""
+        self._update(sequence)
+        del self._since[sequence]
+        self._num_known -= sequence.num_tokens - self._num_steps
+        del self._growing[self._growth_place(sequence)][sequence]
+        insort(self._running, sequence, key=attrgetter("order"))
+
+    def _update(self, sequence: Sequence) -> None:
+        """Its tokens, as many as there were steps."""
+        num_steps = self._num_steps - self._since[sequence]
+        if num_steps:
+            self._since[sequence] = self._num_steps
+            sequence.token_ids.extend([0] * num_steps)
+            sequence.advance(num_steps)
+            sequence.last_token_s = self._committed_s
