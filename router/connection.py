@@ -29,9 +29,9 @@ from pdserve.proto.channels import OpenChannel, open_channel
 from pdserve.proto.errors import DeadlineExceeded, PdserveError, WorkerLost
 from pdserve.proto.status import error_from_call
 from pdserve.proto.types import HandoffId, Role, SequenceEvent, StepOutput, WorkerInfo, WorkerLoad, WorkerRequest
-from pdserve.router.policy import Pending, WorkerView
 from pdserve.router.refusals import as_told
 from pdserve.router.unseen import Unseen
+from pdserve.router.view import Pending, WorkerView
 
 LOG = logging.getLogger("pdserve.router")
 
@@ -64,11 +64,13 @@ class Settings:
 class WorkerConnection:
     """Owner of the channel, of the last load and of the table of requests that hear from this worker."""
 
-    def __init__(self, info: WorkerInfo, settings: Settings) -> None:
+    def __init__(self, info: WorkerInfo, settings: Settings, on_view: Callable[[str], object]) -> None:
+        """`on_view(worker_id)` hears that `view` answers differently from now on."""
         self.info = info
         self.load: WorkerLoad | None = None
         self.connected = False
         self._settings = settings
+        self._on_view = on_view
         self._sinks: dict[HandoffId, EventSink] = {}
         self._unseen = Unseen()
         self._closed = False
@@ -100,10 +102,12 @@ class WorkerConnection:
         """From now on `sink` hears of `id`, and `share` counts as sent."""
         self._sinks[id] = sink
         self._unseen.place(id, share)
+        self._on_view(self.worker_id)
 
     def detach(self, id: HandoffId) -> None:
         self._sinks.pop(id, None)
         self._unseen.forget(id)
+        self._on_view(self.worker_id)
 
     async def run(self) -> None:
         """Keep the stream up until cancelled, then tell every request and close."""
@@ -179,6 +183,7 @@ class WorkerConnection:
                 load = await self._stub.Load(pb.LoadRequest(), timeout=self._settings.rpc_timeout_s)
             self._see(wire.load_from_wire(load))
             self.connected = True
+            self._on_view(self.worker_id)
             self._settings.on_change()
             async for message in call:
                 self._dispatch(wire.output_from_wire(message))
@@ -201,6 +206,7 @@ class WorkerConnection:
         changed = self.load is None or (self.load.role, self.load.draining) != (load.role, load.draining)
         self.load = load
         self._unseen.load_arrived()
+        self._on_view(self.worker_id)
         if changed:
             self._settings.on_change()
 
@@ -208,6 +214,7 @@ class WorkerConnection:
         was_connected, self.connected, self.load = self.connected, False, None
         sinks, self._sinks = self._sinks, {}
         self._unseen.clear()
+        self._on_view(self.worker_id)
         for sink in sinks.values():
             sink.worker_lost(self.worker_id, why)
         if was_connected:

@@ -20,8 +20,10 @@ from pdserve.proto import wire
 from pdserve.proto import worker_pb2 as pb
 from pdserve.proto import worker_pb2_grpc as rpc
 from pdserve.proto.types import WorkerInfo
+from pdserve.router.candidates import Candidates
 from pdserve.router.connection import Settings, WorkerConnection
-from pdserve.router.policy import WorkerView, pairs
+from pdserve.router.policy import can_serve
+from pdserve.router.view import WorkerView
 
 LOG = logging.getLogger("pdserve.router")
 
@@ -51,6 +53,8 @@ class Fleet:
         self._connections: dict[str, WorkerConnection] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._others: tuple[tuple[str, str], ...] = ()
+        self._candidates = Candidates()
+        self._stale: set[str] = set()  # workers whose view has changed since it was put among the candidates
 
     @property
     def connections(self) -> Sequence[WorkerConnection]:
@@ -60,17 +64,29 @@ class Fleet:
         """Of a worker that `views` has just named."""
         return self._connections[worker_id]
 
+    @property
+    def candidates(self) -> Candidates:
+        """The workers that can be talked to, as they are now."""
+        for worker_id in sorted(self._stale):
+            connection = self._connections.get(worker_id)
+            view = None if connection is None else connection.view()
+            if view is None:
+                self._candidates.remove(worker_id)
+            else:
+                self._candidates.put(view)
+        self._stale.clear()
+        return self._candidates
+
     def views(self) -> list[WorkerView]:
         """The workers that can be talked to, in order of their ids."""
-        views = (self._connections[worker_id].view() for worker_id in sorted(self._connections))
-        return [view for view in views if view is not None]
+        return self.candidates.views
 
     def infos(self) -> list[WorkerInfo]:
         """Of every worker that can be talked to."""
         return [connection.info for connection in self.connections if connection.connected]
 
     def can_serve(self) -> bool:
-        return next(pairs(self.views()), None) is not None
+        return can_serve(self.candidates)
 
     def num_workers(self, role: str, state: str) -> int:
         """Also called from the metrics thread: reads copies only."""
@@ -110,13 +126,15 @@ class Fleet:
         for worker_id in list(self._connections):
             current = ready.get(worker_id)
             if current is None or current.worker != self._connections[worker_id].info.worker:
+                self._stale.add(worker_id)
                 group.create_task(self._connections.pop(worker_id).close())
                 self._tasks.pop(worker_id).cancel()
         for worker_id, info in ready.items():
             if worker_id in self._connections:
                 self._connections[worker_id].info = info
+                self._stale.add(worker_id)
                 continue
-            connection = WorkerConnection(info, self._settings)
+            connection = WorkerConnection(info, self._settings, self._stale.add)
             self._connections[worker_id] = connection
             self._tasks[worker_id] = group.create_task(connection.run(), name=f"worker {worker_id}")
         self._others = tuple((member.info.role, member.state) for member in fleet.members if member.state != "ready")

@@ -36,7 +36,8 @@ from pdserve.router.connection import WorkerConnection
 from pdserve.router.fleet import Fleet
 from pdserve.router.inbox import Inbox
 from pdserve.router.metrics import RouterMetrics
-from pdserve.router.policy import Pending, Policy, place
+from pdserve.router.policy import Policy, place
+from pdserve.router.view import Pending
 from pdserve.router.writer import Emit, Job, Writer
 
 LOG = logging.getLogger("pdserve.router")
@@ -156,7 +157,7 @@ class Pipeline:
     def _place(self, job: Job) -> _Run:
         """Choose the workers and listen to them. Raises Unavailable, or InvalidRequest for what fits nowhere."""
         turn, self._turn = self._turn, self._turn + 1
-        placement = place(self._policy, self._fleet.views(), len(job.prompt_token_ids), turn)
+        placement = place(self._policy, self._fleet.candidates, len(job.prompt_token_ids), turn)
         LOG.debug("%s -> %s, %s: %s", job.request_id, placement.prefill_id, placement.decode_id, placement.reason)
         id = HandoffId(job.request_id, next(self._attempts) & MAX_ATTEMPT, self._epoch)
         completion = Completion(placement.prefill_id, placement.decode_id, self._max_buffered_tokens)

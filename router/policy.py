@@ -1,8 +1,7 @@
-"""Which decode worker and which prefill worker a request goes to: pure functions over loads.
+"""Which decode worker and which prefill worker a request goes to: pure functions over what the fleet looks like.
 
-A policy sees what each worker last said about itself plus what this router has sent it since (`Pending`),
-and returns a `Placement` with its reason, or `None` when nobody can serve. Knows nothing of connections or
-of time. The caller offers live workers only; draining ones are left out here.
+A policy returns a `Placement` with its reason, or `None` when nobody can serve. Knows nothing of connections or of
+time. The caller offers live workers only; draining ones are left out by `Candidates`.
 
 A mixed worker is its own prefill and decode side. It competes with every (prefill, decode) pair under the same
 two costs: it pays its own prefill backlog and its own running sequences.
@@ -10,45 +9,14 @@ two costs: it pays its own prefill backlog and its own running sequences.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from pdserve.proto.errors import InvalidRequest, Unavailable
-from pdserve.proto.types import KVLayout, Role, WorkerLoad
-
-
-@dataclass(frozen=True, slots=True)
-class Pending:
-    """Sent to a worker by this router, and not yet visible in the worker's own load."""
-
-    num_requests: int = 0
-    prompt_tokens: int = 0
-    num_blocks: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerView:
-    """One live worker as a policy sees it. `load.role` is what it does now."""
-
-    load: WorkerLoad
-    layout: KVLayout
-    pending: Pending = Pending()
-
-    @property
-    def worker_id(self) -> str:
-        return self.load.worker_id
-
-    @property
-    def num_sequences(self) -> int:
-        return self.load.num_running + self.load.num_waiting + self.pending.num_requests
-
-    @property
-    def backlog_tokens(self) -> int:
-        return self.load.queued_tokens + self.pending.prompt_tokens
-
-    def has_room(self, num_tokens: int) -> bool:
-        spare_blocks = self.load.free_blocks - self.load.reserved_blocks - self.pending.num_blocks
-        return spare_blocks >= self.layout.num_blocks(num_tokens)
+from pdserve.proto.types import Role
+from pdserve.router.candidates import Candidates, Group
+from pdserve.router.view import WorkerView
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,18 +28,15 @@ class Placement:
     reason: str
 
 
-Policy = Callable[[Sequence[WorkerView], int, int], Placement | None]
+Policy = Callable[[Candidates, int, int], Placement | None]
+"""`policy(candidates, prompt_tokens, turn)`: only workers whose pool could hold the prompt and its first token."""
 
 
-def pairs(views: Sequence[WorkerView]) -> Iterator[tuple[WorkerView, WorkerView]]:
-    """Every (prefill, decode) pair that can exchange KV, and every mixed worker with itself; none draining."""
-    live = [view for view in views if not view.load.draining]
-    prefills = [view for view in live if view.load.role is Role.PREFILL]
-    for decode in live:
-        if decode.load.role is Role.MIXED:
-            yield decode, decode
-        elif decode.load.role is Role.DECODE:
-            yield from ((prefill, decode) for prefill in prefills if not decode.layout.obstacles(prefill.layout))
+def can_serve(candidates: Candidates) -> bool:
+    """Whether there is a mixed worker, or a prefill and a decode worker that can exchange KV."""
+    if any(candidates.groups(Role.MIXED)):
+        return True
+    return any(any(candidates.feeders(group.layout)) for group in candidates.groups(Role.DECODE))
 
 
 def why_nobody(views: Sequence[WorkerView]) -> str:
@@ -87,69 +52,113 @@ def why_nobody(views: Sequence[WorkerView]) -> str:
     return f"no {' and no '.join(missing)} worker is ready" if missing else "no worker can take the request now"
 
 
-def round_robin(views: Sequence[WorkerView], prompt_tokens: int, turn: int) -> Placement | None:
+def round_robin(candidates: Candidates, prompt_tokens: int, turn: int) -> Placement | None:
     """The `turn`-th decode side, then the `turn`-th prefill side that can feed it. Blind to load."""
-    possible = list(pairs(views))
-    if not possible:
+    num_tokens = prompt_tokens + 1
+    decodes: list[tuple[str, WorkerView, list[str]]] = []
+    for group in candidates.groups(Role.DECODE):
+        feeders = sorted(_ids(candidates.feeders(group.layout), num_tokens))
+        if feeders:
+            decodes += [(name, view, feeders) for name, view in _able(group, num_tokens)]
+    for group in candidates.groups(Role.MIXED):
+        decodes += [(name, view, [name]) for name, view in _able(group, num_tokens)]
+    if not decodes:
         return None
-    decode_ids = sorted({decode.worker_id for _, decode in possible})
-    decode_id = decode_ids[turn % len(decode_ids)]
-    prefill_ids = sorted(prefill.worker_id for prefill, decode in possible if decode.worker_id == decode_id)
-    prefill_id = prefill_ids[turn % len(prefill_ids)]
-    return Placement(prefill_id, decode_id, f"turn {turn}")
+    decode_id, _, prefill_ids = sorted(decodes, key=lambda one: one[0])[turn % len(decodes)]
+    return Placement(prefill_ids[turn % len(prefill_ids)], decode_id, f"turn {turn}")
 
 
-def least_loaded(views: Sequence[WorkerView], prompt_tokens: int, turn: int) -> Placement | None:
+def _able(group: Group, num_tokens: int) -> Iterator[tuple[str, WorkerView]]:
+    return ((view.worker_id, view) for view in group.views.values() if view.could_hold(num_tokens))
+
+
+def _ids(groups: Iterator[Group], num_tokens: int) -> Iterator[str]:
+    return (name for group in groups for name, _ in _able(group, num_tokens))
+
+
+def least_loaded(candidates: Candidates, prompt_tokens: int, turn: int) -> Placement | None:
     """A decode side with room before one without; then the least work ahead of this request on both sides.
 
     Work ahead is counted in requests like this one: prefill backlog in units of its own prompt, plus one for each
-    sequence on the decode side. Ties go round by `turn`. The sum is least where both parts are, so that each side is
-    looked through once.
+    sequence on the decode side. The sum is least where both parts are, so that each side is looked through from its
+    least loaded worker on. Ties go round by `turn`.
     """
-    live = [view for view in views if not view.load.draining]
-    prefills = [view for view in live if view.load.role is Role.PREFILL]
-    sides = [view for view in live if view.load.role is not Role.PREFILL]
-    feeders: dict[KVLayout, WorkerView | None] = {}
-    best: tuple[bool, float, int] | None = None
-    chosen: tuple[WorkerView, WorkerView] | None = None
-    for index, decode in enumerate(sides):
-        prefill = decode if decode.load.role is Role.MIXED else None
-        if decode.load.role is Role.DECODE:
-            if decode.layout not in feeders:
-                feeders[decode.layout] = _least_backlog(prefills, decode.layout, turn)
-            prefill = feeders[decode.layout]
-        if prefill is None:
-            continue
-        ahead = prefill.backlog_tokens / max(1, prompt_tokens) + decode.num_sequences
-        cost = (not decode.has_room(prompt_tokens + 1), ahead, (index - turn) % len(sides))
-        if best is None or cost < best:
-            best, chosen = cost, (prefill, decode)
-    if best is None or chosen is None:
-        return None
-    full, ahead, _ = best
-    reason = f"{ahead:.1f} requests of work ahead" + (", no decode worker has room" if full else "")
-    return Placement(chosen[0].worker_id, chosen[1].worker_id, reason)
+    for with_room in (True, False):
+        sides = [
+            _best_pair(candidates, group, prompt_tokens, turn, with_room) for group in candidates.groups(Role.DECODE)
+        ]
+        sides += [_best_mixed(group, prompt_tokens, turn, with_room) for group in candidates.groups(Role.MIXED)]
+        found = [side for side in sides if side is not None]
+        if found:
+            least = min(side.ahead for side in found)
+            equals = [side for side in found if side.ahead == least]
+            side = equals[turn % len(equals)]
+            reason = f"{side.ahead:.1f} requests of work ahead" + ("" if with_room else ", no decode worker has room")
+            return Placement(side.prefill.worker_id, side.decode.worker_id, reason)
+    return None
 
 
-def _least_backlog(prefills: Sequence[WorkerView], layout: KVLayout, turn: int) -> WorkerView | None:
-    """Of those that can feed a decode worker of this layout."""
-    fitting = [view for view in prefills if not layout.obstacles(view.layout)]
-    if not fitting:
-        return None
-    num = len(fitting)
-    return fitting[min(range(num), key=lambda index: (fitting[index].backlog_tokens, (index - turn) % num))]
+@dataclass(frozen=True, slots=True)
+class _Side:
+    """A pair, or a mixed worker twice; `ahead` is the work ahead of the request, in requests like it."""
+
+    prefill: WorkerView
+    decode: WorkerView
+    ahead: float
 
 
-def place(policy: Policy, views: Sequence[WorkerView], prompt_tokens: int, turn: int) -> Placement:
-    """Where a request goes. Raises Unavailable, or InvalidRequest for what fits nowhere."""
+def _best_pair(candidates: Candidates, group: Group, prompt_tokens: int, turn: int, with_room: bool) -> _Side | None:
+    """The least loaded decode worker of the group, and the least loaded prefill worker that can feed it."""
     num_tokens = prompt_tokens + 1
-    roomy = [view for view in views if view.layout.num_blocks(num_tokens) <= view.load.total_blocks]
-    placement = policy(roomy, prompt_tokens, turn)
+    if with_room and not group.may_have_room(num_tokens):
+        return None
+    decode = _first(
+        group, group.by_num_sequences.ascending(turn), num_tokens, lambda view: view.has_room(num_tokens) is with_room
+    )
+    feeders = [
+        _first(feeder, feeder.by_backlog_tokens.ascending(turn), num_tokens, lambda view: True)
+        for feeder in candidates.feeders(group.layout)
+    ]
+    prefill = min((view for view in feeders if view is not None), key=lambda view: view.backlog_tokens, default=None)
+    if prefill is None or decode is None:
+        return None
+    return _Side(prefill, decode, prefill.backlog_tokens / max(1, prompt_tokens) + decode.num_sequences)
+
+
+def _first(
+    group: Group, order: Iterator[tuple[int, int]], num_tokens: int, suits: Callable[[WorkerView], bool]
+) -> WorkerView | None:
+    views = (group.views[slot] for slot, _ in order)
+    return next((view for view in views if view.could_hold(num_tokens) and suits(view)), None)
+
+
+def _best_mixed(group: Group, prompt_tokens: int, turn: int, with_room: bool) -> _Side | None:
+    """Looks along both orders at once: what comes after has at least the sum of the two numbers just seen ahead of it
+    (the threshold algorithm of Fagin, Lotem and Naor, 2001)."""
+    num_tokens, unit = prompt_tokens + 1, max(1, prompt_tokens)
+    if with_room and not group.may_have_room(num_tokens):
+        return None
+    best, least = None, math.inf
+    orders = zip(group.by_num_sequences.ascending(turn), group.by_backlog_tokens.ascending(turn), strict=True)
+    for (busy_slot, num_sequences), (late_slot, backlog_tokens) in orders:
+        for slot in (busy_slot, late_slot):
+            view = group.views[slot]
+            ahead = view.backlog_tokens / unit + view.num_sequences
+            if ahead < least and view.could_hold(num_tokens) and view.has_room(num_tokens) is with_room:
+                best, least = view, ahead
+        if least <= num_sequences + backlog_tokens / unit:
+            break
+    return None if best is None else _Side(best, best, least)
+
+
+def place(policy: Policy, candidates: Candidates, prompt_tokens: int, turn: int) -> Placement:
+    """Where a request goes. Raises Unavailable, or InvalidRequest for what fits nowhere."""
+    placement = policy(candidates, prompt_tokens, turn)
     if placement is not None:
         return placement
-    if policy(views, prompt_tokens, turn) is not None:
+    if policy(candidates, 0, turn) is not None:
         raise InvalidRequest("input", "the prompt needs more KV blocks than any worker has")
-    raise Unavailable(why_nobody(views))
+    raise Unavailable(why_nobody(candidates.views))
 
 
 POLICIES: dict[str, Policy] = {"round_robin": round_robin, "least_loaded": least_loaded}

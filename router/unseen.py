@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pdserve.proto.types import HandoffId
-from pdserve.router.policy import Pending
+from pdserve.router.view import Pending
 
 # A load that was on its way when the worker acknowledged a request does not count it; the next one does.
 LOADS_UNTIL_VISIBLE = 2

@@ -50,10 +50,13 @@ BRAIN_MODULES = frozenset(
         "proto/errors.py",
         "proto/types.py",
         "router/admission.py",
+        "router/candidates.py",
         "router/completion.py",
         "router/detokenizer.py",
         "router/policy.py",
+        "router/ranking.py",
         "router/unseen.py",
+        "router/view.py",
         "router/validation.py",
     }
 )

@@ -16,8 +16,10 @@ from pdserve.engine.plan import SequenceStep
 from pdserve.proto.errors import PdserveError
 from pdserve.proto.types import HandoffId, RequestTiming, SamplingParams, WorkerRequest
 from pdserve.router.admission import Admission, Verdict
-from pdserve.router.policy import Pending, Policy, WorkerView, place
+from pdserve.router.candidates import Candidates
+from pdserve.router.policy import Policy, place
 from pdserve.router.unseen import Unseen
+from pdserve.router.view import Pending, WorkerView
 
 
 @dataclass(slots=True)
@@ -62,16 +64,18 @@ class VirtualRouter:
         self._admission = admission
         self._timeout_s = timeout_s
         self._on_end = on_end
-        self._workers: Sequence[VirtualWorker] = ()
+        self._workers: dict[str, VirtualWorker] = {}
         self._unseen: dict[str, Unseen] = {}
-        self._views: dict[str, WorkerView] = {}
+        self._candidates = Candidates()
+        self._stale: dict[str, None] = {}  # workers whose view has changed since the last placement
         self._runs: dict[HandoffId, _Run] = {}
         self._ids: dict[str, HandoffId] = {}
         self._turn = 0
 
     def connect(self, workers: Sequence[VirtualWorker]) -> None:
-        self._workers = workers
-        self._unseen = {worker.worker_id: Unseen() for worker in workers}
+        self._workers = {worker.worker_id: worker for worker in workers}
+        self._unseen = {worker_id: Unseen() for worker_id in self._workers}
+        self._stale = dict.fromkeys(self._workers)
 
     @property
     def num_live(self) -> int:
@@ -118,7 +122,7 @@ class VirtualRouter:
                 run.legs[0].abort(run.request.id, "finished")
 
     def load_arrived(self, worker: VirtualWorker) -> None:
-        self._views.pop(worker.worker_id, None)
+        self._stale[worker.worker_id] = None
         self._unseen[worker.worker_id].load_arrived()
 
     def failed(self, handoff: HandoffId, message: str) -> None:
@@ -131,9 +135,11 @@ class VirtualRouter:
     def _place(self, run: _Run) -> None:
         prompt_tokens = len(run.request.prompt_token_ids)
         try:
-            placement = place(self._policy, [self._view(worker) for worker in self._workers], prompt_tokens, self._turn)
-            by_id = {worker.worker_id: worker for worker in self._workers}
-            prefill, decode = by_id[placement.prefill_id], by_id[placement.decode_id]
+            for worker_id in self._stale:
+                self._candidates.put(self._view(self._workers[worker_id]))
+            self._stale.clear()
+            placement = place(self._policy, self._candidates, prompt_tokens, self._turn)
+            prefill, decode = self._workers[placement.prefill_id], self._workers[placement.decode_id]
             prefill.engine.scheduler.check(run.request, prefill is not decode)
             decode.engine.scheduler.check(run.request)
         except PdserveError as error:
@@ -145,7 +151,7 @@ class VirtualRouter:
             share = prompt_tokens if worker is prefill else 0
             num_blocks = worker.info.layout.num_blocks(prompt_tokens + 1)
             self._unseen[worker.worker_id].place(run.request.id, Pending(1, share, num_blocks))
-            self._views.pop(worker.worker_id, None)
+            self._stale[worker.worker_id] = None
         overheads = prefill.overheads
         delay_s = overheads.request_s + overheads.tokenize_s_per_token * prompt_tokens
         if prefill is not decode:
@@ -163,11 +169,7 @@ class VirtualRouter:
             self._unseen[prefill.worker_id].acknowledged(run.request.id)
 
     def _view(self, worker: VirtualWorker) -> WorkerView:
-        view = self._views.get(worker.worker_id)
-        if view is None:
-            pending = self._unseen[worker.worker_id].pending
-            view = self._views[worker.worker_id] = WorkerView(worker.load, worker.info.layout, pending)
-        return view
+        return WorkerView(worker.load, worker.info.layout, self._unseen[worker.worker_id].pending)
 
     def _deadline(self, id: HandoffId) -> None:
         run = self._runs.get(id)
@@ -184,7 +186,7 @@ class VirtualRouter:
         del self._runs[id], self._ids[id.request_id]
         for worker in run.legs:
             self._unseen[worker.worker_id].forget(id)
-            self._views.pop(worker.worker_id, None)
+            self._stale[worker.worker_id] = None
         run.record.end_s = end_s
         successor = self._admission.leave(id.request_id, self._clock.now_s)
         self._end(run, failure)
