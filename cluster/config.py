@@ -35,7 +35,7 @@ class PoolConfig(Section):
     `cores` is the number of CPU cores a worker is pinned to; null shares the machine out evenly.
     """
 
-    replicas: int | None = Field(default=None, ge=0, le=256)
+    replicas: int | None = Field(default=None, ge=0, le=4096)
     cores: int | None = Field(default=None, ge=1)
     num_gpus: float = Field(default=0.0, ge=0)
     engine: dict[str, Any] = Field(default_factory=dict)

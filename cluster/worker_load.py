@@ -6,7 +6,7 @@ from pdserve.engine.turn import Turn
 from pdserve.proto.types import WorkerInfo, WorkerLoad
 
 
-def worker_load(info: WorkerInfo, turn: Turn, step_s: float) -> WorkerLoad:
+def worker_load(info: WorkerInfo, turn: Turn, step_s: float, draining: bool = False) -> WorkerLoad:
     """`step_s` is the duration of the last step that was taken, in this turn or before."""
     pool = turn.pool
     return WorkerLoad(
@@ -24,7 +24,7 @@ def worker_load(info: WorkerInfo, turn: Turn, step_s: float) -> WorkerLoad:
         quarantined_blocks=pool.quarantined,
         reserved_blocks=pool.reserved,
         step_s=step_s,
-        draining=False,
+        draining=draining,
         num_steps=turn.num_steps,
         num_preemptions=turn.num_preemptions,
     )

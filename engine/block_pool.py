@@ -18,6 +18,7 @@ owner allocated. Giving up a claim that nobody has (a double free, a stale refer
 
 from __future__ import annotations
 
+from array import array
 from collections import OrderedDict, deque
 from collections.abc import Iterable
 from enum import StrEnum
@@ -45,9 +46,11 @@ class BlockPool:
     def __init__(self, num_blocks: int) -> None:
         assert num_blocks > 0
         self.num_blocks = num_blocks
-        self._claims = {state: [0] * num_blocks for state in CLAIMS}
-        self._num_claims = [0] * num_blocks  # their sums: most blocks have one claim, and need no look at the others
-        self._free = deque(range(num_blocks))
+        self._claims = {state: array("H", bytes(2 * num_blocks)) for state in CLAIMS}
+        # Their sums: most blocks have one claim, and need no look at the others.
+        self._num_claims = array("H", bytes(2 * num_blocks))
+        self._next_fresh = 0  # this block and all behind it have never been taken; they go before those in `_free`
+        self._free = deque[int]()
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
         self._keys: dict[int, bytes] = {}
         self._blocks: dict[bytes, int] = {}  # the same, by key
@@ -58,7 +61,7 @@ class BlockPool:
     @property
     def num_free(self) -> int:
         """Blocks that can be had: those that are free, and those that are only cached."""
-        return len(self._free) + len(self._cached)
+        return self.num_blocks - self._next_fresh + len(self._free) + len(self._cached)
 
     @property
     def num_cached(self) -> int:
@@ -90,9 +93,11 @@ class BlockPool:
         assert num_blocks >= 0
         assert state in CLAIMS, f"{state} is no claim"
         assert self.can_take(num_blocks), f"took {num_blocks} blocks of {self.num_free} free ones"
-        num_cached = max(0, num_blocks - len(self._free))
-        block_ids = [self._free.popleft() for _ in range(num_blocks - num_cached)]
-        block_ids += [self._evict() for _ in range(num_cached)]
+        fresh = range(self._next_fresh, min(self._next_fresh + num_blocks, self.num_blocks))
+        self._next_fresh += len(fresh)
+        num_freed = min(num_blocks - len(fresh), len(self._free))
+        block_ids = [*fresh, *[self._free.popleft() for _ in range(num_freed)]]
+        block_ids += [self._evict() for _ in range(num_blocks - len(block_ids))]
         claims, num_claims = self._claims[state], self._num_claims
         for block_id in block_ids:
             claims[block_id] = num_claims[block_id] = 1
@@ -183,8 +188,9 @@ class BlockPool:
 
     def check_integrity(self) -> None:
         """Raise AssertionError, saying what is wrong, unless every block is in one state and counted once."""
-        free, states = set(self._free), [self.state(block_id) for block_id in range(self.num_blocks)]
-        assert len(free) == len(self._free), "a block is twice in the free list"
+        states = [self.state(block_id) for block_id in range(self.num_blocks)]
+        free = {*self._free, *range(self._next_fresh, self.num_blocks)}
+        assert len(free) == self.num_free - self.num_cached, "a block is twice in the free list"
         for block_id, state in enumerate(states):
             assert (state is BlockState.FREE) == (block_id in free), f"block {block_id} is {state}, free list disagrees"
             is_cached = block_id in self._cached

@@ -1,7 +1,7 @@
 """What a step is going to do, and what became of it: the values between the scheduler and who runs its plans.
 
-Named tuples where there is one for each token: they are made at a third of a frozen dataclass's cost. Knows nothing of
-how a plan is made or computed.
+Named tuples where there is one for each token or step: they are made at a third of a frozen dataclass's cost. Knows
+nothing of how a plan is made or computed.
 """
 
 from __future__ import annotations
@@ -41,8 +41,7 @@ class ScheduledSequence(NamedTuple):
         return self.num_tokens == 1 and self.start >= len(self.sequence.request.prompt_token_ids)
 
 
-@dataclass(frozen=True, slots=True)
-class StepPlan:
+class StepPlan(NamedTuple):
     """One step. `limit` says what kept the first sequence that did not get in.
 
     Of the `num_prefix_query_tokens` tokens of sequences that start, `num_prefix_hit_tokens` were found in the pool. The
@@ -105,8 +104,7 @@ class Committed(NamedTuple):
     parts: tuple[ComputedPart, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class StepResult:
+class StepResult(NamedTuple):
     """What one step did. `sequences` has an entry for each sequence that got a token or an error.
 
     `parts` are the blocks of hand-offs that became final: they are leased, and the reader's to release.

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from pdserve.engine.block_pool import BlockPool, BlockState
 from pdserve.engine.plan import StepResult
 from pdserve.engine.scheduler import Scheduler
 
 
-@dataclass(frozen=True, slots=True)
-class PoolCounts:
+class PoolCounts(NamedTuple):
     """Blocks by state after a turn; they sum to `total`, but for `cached`, which is a part of `free`.
 
     `reserved` is promised, not taken.
@@ -26,8 +25,7 @@ class PoolCounts:
     reserved: int
 
 
-@dataclass(frozen=True, slots=True)
-class Turn:
+class Turn(NamedTuple):
     """One turn of the loop: the step it took, if any, and what the engine looks like after it."""
 
     step: StepResult | None

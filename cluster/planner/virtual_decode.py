@@ -80,6 +80,14 @@ class VirtualDecode:
         """Its source no longer leases it."""
         self._carry_out(self._table.abort(handoff, "the source's lease was lost", self._clock.now_s, "TransferFailed"))
 
+    def peer_gone(self, peer: WorkerRef) -> None:
+        """That process died: no KV will come from it."""
+        self._carry_out(self._table.peer_gone(peer.worker_id, peer.generation, self._clock.now_s))
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._table.reservations
+
     def sweep(self) -> dict[WorkerRef, tuple[HandoffId, ...]]:
         """Leases to renew now, by source."""
         self._carry_out(self._table.sweep(self._clock.now_s))

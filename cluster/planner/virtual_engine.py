@@ -39,6 +39,13 @@ class VirtualEngine:
         self._is_awake = False
         self.num_steps = 0
         self.num_preemptions = 0
+        self.num_prefix_query_tokens = 0
+        self.num_prefix_hit_tokens = 0
+        self._is_dead = False
+
+    def die(self) -> None:
+        """Nothing happens any more, and nobody hears of the step under way."""
+        self._is_dead = True
 
     def post(self, command: Command) -> None:
         """Run `command` before the next step, in order of posting."""
@@ -49,7 +56,7 @@ class VirtualEngine:
 
     def _turn(self) -> None:
         """Commands, then a step if there is one to take; asleep when another turn would achieve nothing."""
-        while True:
+        while not self._is_dead:
             scheduler, commands = self.scheduler, self._commands
             commanded = bool(commands)
             while commands:
@@ -73,6 +80,8 @@ class VirtualEngine:
                 return
 
     def _computed(self, plan: StepPlan, duration_s: float) -> None:
+        if self._is_dead:
+            return
         self.busy_s += duration_s
         done = self.scheduler.commit(plan, (TOKEN,) * len(plan.sampled), self._clock.now_s)
         self._publish(StepResult.of(plan, done, duration_s))
@@ -82,4 +91,6 @@ class VirtualEngine:
         if step is not None:
             self.num_steps += 1
             self.num_preemptions += len(step.preempted)
+            self.num_prefix_query_tokens += step.num_prefix_query_tokens
+            self.num_prefix_hit_tokens += step.num_prefix_hit_tokens
         self._on_turn(turn_of(step, self.pool, self.scheduler, self.num_steps, self.num_preemptions))

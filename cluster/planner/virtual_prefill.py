@@ -62,6 +62,14 @@ class VirtualPrefill:
     def abort(self, handoff: HandoffId, reason: str) -> None:
         self._carry_out(self._leases.abort(handoff, reason, self._clock.now_s))
 
+    def peer_gone(self, peer: WorkerRef) -> None:
+        """That process died: nobody will redeem what is kept for it."""
+        self._carry_out(self._leases.peer_gone(peer.worker_id, peer.generation, self._clock.now_s))
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._leases.leases
+
     def sweep(self) -> None:
         self._carry_out(self._leases.sweep(self._clock.now_s))
 

@@ -6,11 +6,13 @@ streamed; it ends once, with its last token or with a reason. Knows nothing of h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from pdserve.cluster.arrivals import Arrival
 from pdserve.cluster.planner.clock import Clock
+from pdserve.cluster.planner.prompts import Prompts
+from pdserve.cluster.planner.timelapse import WorkerSample
 from pdserve.cluster.planner.virtual_worker import VirtualWorker
 from pdserve.engine.plan import SequenceStep
 from pdserve.proto.errors import PdserveError
@@ -51,18 +53,26 @@ class _Run:
     record: Record
     request: WorkerRequest
     legs: tuple[VirtualWorker, ...] = ()  # the decode side first
+    is_decoding: bool = False  # its decode side has sent a token
 
 
 class VirtualRouter:
     """Owner of the requests in flight. `on_end` is called once for each that arrived."""
 
     def __init__(
-        self, clock: Clock, policy: Policy, admission: Admission, timeout_s: float, on_end: Callable[[Record], None]
+        self,
+        clock: Clock,
+        policy: Policy,
+        admission: Admission,
+        timeout_s: float,
+        prompts: Prompts,
+        on_end: Callable[[Record], None],
     ) -> None:
         self._clock = clock
         self._policy = policy
         self._admission = admission
         self._timeout_s = timeout_s
+        self._prompts = prompts
         self._on_end = on_end
         self._workers: dict[str, VirtualWorker] = {}
         self._unseen: dict[str, Unseen] = {}
@@ -72,14 +82,27 @@ class VirtualRouter:
         self._ids: dict[str, HandoffId] = {}
         self._turn = 0
 
-    def connect(self, workers: Sequence[VirtualWorker]) -> None:
-        self._workers = {worker.worker_id: worker for worker in workers}
-        self._unseen = {worker_id: Unseen() for worker_id in self._workers}
-        self._stale = dict.fromkeys(self._workers)
-
     @property
     def num_live(self) -> int:
         return len(self._runs)
+
+    @property
+    def num_queued(self) -> int:
+        return self._admission.num_queued
+
+    @property
+    def num_inflight(self) -> int:
+        return self._admission.num_inflight
+
+    def samples(self) -> Iterator[WorkerSample]:
+        """What each worker last said."""
+        for worker in self._workers.values():
+            if not worker.has_load:
+                continue
+            load = worker.load
+            used_blocks = load.total_blocks - load.free_blocks
+            counts = (load.num_waiting, load.num_running, used_blocks, load.total_blocks)
+            yield WorkerSample(worker.worker_id, load.role, *counts)
 
     def arrive(self, arrival: Arrival) -> None:
         """A client asks now."""
@@ -87,7 +110,7 @@ class VirtualRouter:
         self._turn += 1
         name = str(self._turn)
         id = HandoffId(name, 0, 0)
-        prompt = (0,) * arrival.num_prompt_tokens
+        prompt = self._prompts.of(arrival)
         request = WorkerRequest(id, prompt, SamplingParams(max_tokens=arrival.max_tokens), self._timeout_s)
         run = _Run(Record(arrival), request)
         try:
@@ -102,6 +125,19 @@ class VirtualRouter:
 
     # What workers say.
 
+    def joined(self, worker: VirtualWorker) -> None:
+        self._workers[worker.worker_id] = worker
+        self._unseen[worker.worker_id] = Unseen()
+
+    def lost(self, worker: VirtualWorker) -> None:
+        """Requests that need it end; one that its decode worker has shown to have does not need its prefill worker."""
+        del self._workers[worker.worker_id], self._unseen[worker.worker_id]
+        self._stale.pop(worker.worker_id, None)
+        self._candidates.remove(worker.worker_id)
+        for run in [run for run in self._runs.values() if worker in run.legs]:
+            if worker is run.legs[0] or not run.is_decoding:
+                self._give_up(run, f"worker {worker.worker_id} was lost")
+
     def token(self, worker: VirtualWorker, step: SequenceStep) -> None:
         """The first token of a worker for a request, or the last one."""
         run = self._runs.get(step.sequence.request.id)
@@ -113,6 +149,8 @@ class VirtualRouter:
             record.queued_s = step.sequence.arrival_s
             record.prefill_started_s = step.sequence.first_scheduled_s or 0.0
             record.prefilled_s = self._clock.now_s
+        elif step.position == 1:
+            run.is_decoding = True
         if step.finish is not None:
             record.num_output_tokens = step.position + 1
             record.admitted_s = step.sequence.arrival_s
@@ -122,8 +160,9 @@ class VirtualRouter:
                 run.legs[0].abort(run.request.id, "finished")
 
     def load_arrived(self, worker: VirtualWorker) -> None:
-        self._stale[worker.worker_id] = None
-        self._unseen[worker.worker_id].load_arrived()
+        worker_id = worker.worker_id
+        self._stale[worker_id] = None
+        self._unseen[worker_id].load_arrived()
 
     def failed(self, handoff: HandoffId, message: str) -> None:
         run = self._runs.get(handoff)
@@ -179,20 +218,27 @@ class VirtualRouter:
     def _give_up(self, run: _Run, failure: str) -> None:
         self._leave(run, failure, self._clock.now_s)
         for worker in run.legs:
-            worker.abort(run.request.id, failure)
+            if self._is_here(worker):
+                worker.abort(run.request.id, failure)
 
     def _leave(self, run: _Run, failure: str, end_s: float) -> None:
         id = run.request.id
         del self._runs[id], self._ids[id.request_id]
         for worker in run.legs:
-            self._unseen[worker.worker_id].forget(id)
-            self._stale[worker.worker_id] = None
+            if self._is_here(worker):
+                self._unseen[worker.worker_id].forget(id)
+                self._stale[worker.worker_id] = None
         run.record.end_s = end_s
         successor = self._admission.leave(id.request_id, self._clock.now_s)
         self._end(run, failure)
         if successor is not None:
             self._place(self._runs[self._ids[successor]])
 
+    def _is_here(self, worker: VirtualWorker) -> bool:
+        """A worker that died is not the one that came in its place."""
+        return self._workers.get(worker.worker_id) is worker
+
     def _end(self, run: _Run, failure: str) -> None:
         run.record.failure = failure
+        self._prompts.answered(run.record.arrival, run.request.prompt_token_ids, run.record.num_output_tokens)
         self._on_end(run.record)

@@ -1,11 +1,13 @@
 """One simulated worker: an engine whose steps only take time, under the roles that it would have.
 
-What `cluster.worker_requests` does for requests, without I/O. Knows nothing of how requests are placed.
+What `cluster.worker_requests` does for requests, without I/O. One that is to change its role drains: it takes nothing
+new, and turns when it is empty. One that dies is never heard of again; what others ask of it comes to nothing. Knows
+nothing of how requests are placed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,9 +24,11 @@ from pdserve.engine.sequence import Sequence
 from pdserve.engine.turn import Turn
 from pdserve.kv_transfer.lease import LeaseTimes
 from pdserve.kv_transfer.reservation import Timeouts
-from pdserve.proto.types import HandoffId, KVPart, KVTicket, WorkerInfo, WorkerLoad, WorkerRef, WorkerRequest
+from pdserve.proto.types import HandoffId, KVPart, KVTicket, Role, WorkerInfo, WorkerLoad, WorkerRef, WorkerRequest
 
 SWEEP_S = 1.0
+
+Turned = Callable[["VirtualWorker", Role], None]
 
 
 class Listener(Protocol):
@@ -39,11 +43,11 @@ class Listener(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """What the workers of a simulation share. `link` is what KV costs between any two of them."""
+    """What the workers of a simulation share. `link_of` is what KV costs from one to another, by their ids."""
 
     clock: Clock
     links: VirtualLinks
-    link: LinkCost
+    link_of: Callable[[str, str], LinkCost]
     workers: Mapping[str, VirtualWorker]
     lease_times: LeaseTimes
     timeouts: Timeouts
@@ -73,16 +77,39 @@ class VirtualWorker:
         self._turn: Turn | None = None
         self._load: WorkerLoad | None = None
         self._step_s = 0.0
+        self._is_dead = False
+        self._next_role: tuple[Role, float, Turned] | None = None
         self._clock.after(SWEEP_S, self._sweep)
         self.engine.post(_nothing)
+
+    @property
+    def has_load(self) -> bool:
+        """Not before its first turn."""
+        return self._turn is not None
 
     @property
     def load(self) -> WorkerLoad:
         """After the last turn."""
         if self._load is None:
             assert self._turn is not None, "the first turn comes before the first request"
-            self._load = worker_load(self.info, self._turn, self._step_s)
+            self._load = worker_load(self.info, self._turn, self._step_s, draining=self._next_role is not None)
         return self._load
+
+    def flip(self, role: Role, flip_s: float, turned: Turned) -> None:
+        """Become a worker of that role, `flip_s` after the last request here has ended. A worker under way goes on."""
+        if self._next_role is None:
+            self._next_role = (role, flip_s, turned)
+            self.engine.post(_nothing)
+
+    def die(self) -> None:
+        """Now, whatever it holds."""
+        self._is_dead = True
+        self.engine.die()
+
+    def peer_gone(self, peer: WorkerRef) -> None:
+        """Another worker's process has died."""
+        self._prefill.peer_gone(peer)
+        self._decode.peer_gone(peer)
 
     def prefill(self, request: WorkerRequest, hand_off_to: WorkerRef | None) -> None:
         """Raises InvalidRequest for what the engine could never finish."""
@@ -111,15 +138,24 @@ class VirtualWorker:
         """Another worker is done with what this one leases."""
         self._prefill.release(handoff, outcome)
 
+    def _peer(self, ref: WorkerRef) -> VirtualWorker | None:
+        """That very process, if it lives."""
+        worker = self._around.workers.get(ref.worker_id)
+        return worker if worker is not None and worker.info.worker == ref else None
+
     def _offer_to(self, target: WorkerRef, ticket: KVTicket, part: KVPart) -> None:
-        self._around.workers[target.worker_id].offer(ticket, part)
+        worker = self._peer(target)
+        if worker is not None and not self._is_dead:
+            worker.offer(ticket, part)
 
     def _release_at(self, source: WorkerRef, handoff: HandoffId, outcome: str) -> None:
-        self._around.workers[source.worker_id].release(handoff, outcome)
+        worker = self._peer(source)
+        if worker is not None and not self._is_dead:
+            worker.release(handoff, outcome)
 
     def _arrival_s(self, source: WorkerRef, num_bytes: int) -> float:
-        around = self._around
-        return around.links.send(source.worker_id, self.worker_id, around.link, num_bytes, self._clock.now_s)
+        cost = self._around.link_of(source.worker_id, self.worker_id)
+        return self._around.links.send(source.worker_id, self.worker_id, cost, num_bytes, self._clock.now_s)
 
     def _turn_ended(self, turn: Turn) -> None:
         self._turn, self._load = turn, None
@@ -129,16 +165,36 @@ class VirtualWorker:
             for part in step.parts:
                 self._prefill.part_computed(part)
             for one in step.sequences:
-                if one.position == 0 or one.finish is not None:
+                if one.position < 2 or one.finish is not None:
                     self._listener.token(self, one)
         self._decode.turn_ended(turn)
         self._listener.load_arrived(self)
+        if self._next_role is not None:
+            self._turn_if_empty()
+
+    def _turn_if_empty(self) -> None:
+        assert self._next_role is not None
+        if self.engine.scheduler.has_work or not (self._prefill.is_idle and self._decode.is_idle):
+            return
+        role, flip_s, turned = self._next_role
+        self._clock.after(flip_s, self._flipped, role, turned)
+
+    def _flipped(self, role: Role, turned: Turned) -> None:
+        if self._next_role is not None and not self._is_dead:
+            self._next_role = None
+            turned(self, role)
+            self.engine.post(_nothing)
 
     def _sweep(self) -> None:
+        if self._is_dead:
+            return
         self._prefill.sweep()
         for source, handoffs in self._decode.sweep().items():
-            for lost in self._around.workers[source.worker_id]._prefill.renew(handoffs):
+            peer = self._peer(source)
+            for lost in handoffs if peer is None else peer._prefill.renew(handoffs):
                 self._decode.lost(lost)
+        if self._next_role is not None:
+            self.engine.post(_nothing)  # looks whether it is empty
         self._clock.after(SWEEP_S, self._sweep)
 
 

@@ -61,6 +61,9 @@ class Mix(WorkloadSpec):
         rates = (rate * weight / math.fsum(weights) for weight in weights)
         return max(part.workload.course_s(rate) for part, rate in zip(self.parts, rates, strict=True))
 
+    def shares_prefixes(self) -> bool:
+        return any(part.workload.shares_prefixes() for part in self.parts)
+
     def build(self, demand: Demand) -> Source:
         weights = self._weights()
         built = []
@@ -104,6 +107,9 @@ class Scenario(WorkloadSpec):
 
     def course_s(self, rate: float) -> float:
         return math.fsum(piece.duration_s for piece in self.pieces)
+
+    def shares_prefixes(self) -> bool:
+        return any(piece.workload.shares_prefixes() for piece in self.pieces)
 
     def build(self, demand: Demand) -> Source:
         spans = self._spans()

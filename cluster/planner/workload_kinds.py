@@ -96,6 +96,9 @@ class Drawn(Kind):
             raise ValueError("give prompt and output (tokens, or P50/P90), or lengths (a trace to sample both from)")
         return self
 
+    def shares_prefixes(self) -> bool:
+        return self.prefixes is not None
+
     def _pairs(self, demand: Demand, *purpose: int) -> Iterator[Pair]:
         randoms = [demand.random(stream, *purpose) for stream in (Stream.PROMPTS, Stream.OUTPUTS)]
         if self.lengths is not None:
@@ -161,6 +164,9 @@ class Conversations(Drawn):
             raise ValueError(f"mean_turns {self.mean_turns:g} is not a whole number; fixed turns need one")
         return self
 
+    def shares_prefixes(self) -> bool:
+        return True
+
     def build(self, demand: Demand) -> Source:
         units, segments = self._times(demand)
         pace = Pace((seconds, rate / self.mean_turns) for seconds, rate in segments)
@@ -207,6 +213,9 @@ class Replayed(Kind, TraceFile):
 
     def own_rate(self) -> float:
         return (self.rate or 1 / self.sample().mean_gap_s) * self.rate_scale
+
+    def shares_prefixes(self) -> bool:
+        return self.sample().has_prefixes
 
     def course_s(self, rate: float) -> float:
         sample = self.sample()

@@ -112,6 +112,14 @@ class WorkloadSpec(Section):
         """
         return None if self.rate is None else self.rate * self.rate_scale
 
+    def shares_prefixes(self) -> bool:
+        """Whether prompts begin alike, so that prefix caches matter.
+
+        Raises:
+            ConfigError: a trace cannot be used.
+        """
+        raise NotImplementedError
+
     def course_s(self, rate: float) -> float:
         """Seconds after which the traffic at `rate` has shown all it has; 0 where any stretch is like any other."""
         raise NotImplementedError

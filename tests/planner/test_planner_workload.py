@@ -370,3 +370,31 @@ def test_an_open_loop_is_an_iterator_too() -> None:
 def test_ids_of_shared_prompts_stand_for_whole_blocks() -> None:
     (found,) = take("synthetic?prompt=10&output=10&rate=1&prefixes=1500", 1)
     assert (found.num_prompt_tokens, len(found.prefix_ids)) == (1510, 1500 // HASH_BLOCK_TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("written", "shares"),
+    [
+        ("synthetic?prompt=100&output=10&rate=1", False),
+        ("sessions?prompt=100&output=10&rate=1", True),
+        (
+            {
+                "kind": "mix",
+                "parts": [
+                    {"workload": "synthetic?prompt=100&output=10&rate=1"},
+                    {"workload": "sessions?prompt=100&output=10&rate=1"},
+                ],
+            },
+            True,
+        ),
+        (
+            {
+                "kind": "scenario",
+                "pieces": [{"workload": "synthetic?prompt=100&output=10&rate=1", "duration_s": 10.0}],
+            },
+            False,
+        ),
+    ],
+)
+def test_a_workload_knows_whether_prefix_caches_matter(written: str | dict[str, object], shares: bool) -> None:
+    assert parse_workload(written).shares_prefixes() is shares

@@ -1,0 +1,141 @@
+"""One run of a set-up as figures: latencies, phases, how busy workers were, and how far off the targets are.
+
+The start of the run is left out, as the system was empty, and its end, as nothing came later to run beside. Requests
+that failed have no latencies; they count as misses.
+Knows nothing of the simulator: it is given what each request saw.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from pdserve.cluster.planner.findings import QUANTILES, Phase, Picture, Target
+from pdserve.cluster.planner.stationarity import FloatArray
+from pdserve.proto.types import Role
+
+BEFORE_FIRST_TOKEN = ("admission", "prefill queue", "prefill")
+AFTER_FIRST_TOKEN = ("transfer", "decode queue", "decode")
+PHASES = (*BEFORE_FIRST_TOKEN, *AFTER_FIRST_TOKEN)
+
+WARMUP_SHARE, TAIL_SHARE = 0.3, 0.2
+MAX_STRETCH = 100.0
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What became of a request. `ttft_ms` is `None` for one that failed, `tpot_ms` for an answer of one token; `target`
+    is which of the targets it is for. `phases_ms` are those of `PHASES`."""
+
+    at_s: float
+    num_prompt_tokens: int
+    num_output_tokens: int
+    target: int
+    ttft_ms: float | None
+    tpot_ms: float | None
+    phases_ms: tuple[float, ...] = ()
+
+
+class Run:
+    """The requests of one run, in order of arrival, as columns."""
+
+    def __init__(self, seen: Sequence[Seen], targets: Sequence[Target]) -> None:
+        assert seen, "a run without requests"
+        self.targets = tuple(targets)
+        kept = seen[math.floor(WARMUP_SHARE * len(seen)) : math.ceil((1 - TAIL_SHARE) * len(seen))]
+        self.kept = kept
+        self.span_s = max(kept[-1].at_s - kept[0].at_s, 1e-9)
+        self.target = np.array([one.target for one in kept])
+        self.ttft_ms = np.array([math.inf if one.ttft_ms is None else one.ttft_ms for one in kept])
+        self.tpot_ms = np.array([0.0 if one.tpot_ms is None else one.tpot_ms for one in kept])
+        self.has_tpot = np.array([one.tpot_ms is not None for one in kept])
+
+    def stretch(self) -> float:
+        """See `View`. The worst class decides."""
+        found = [_quantile(np.maximum(*self._parts(index)), one.share) for index, one in self._classes()]
+        return min(MAX_STRETCH, max(found, default=MAX_STRETCH))
+
+    def nearest(self) -> tuple[Target, ...]:
+        """See `View`."""
+        nearest = list(self.targets)
+        for index, target in self._classes():
+            ttft, tpot = self._parts(index)
+            if _quantile(np.maximum(ttft, tpot), target.share) <= 1:
+                continue
+            # What the failing one has to be stretched by while the other holds; infinite if the other fails too.
+            only_ttft = _quantile(np.where(tpot <= 1, ttft, math.inf), target.share)
+            only_tpot = _quantile(np.where(ttft <= 1, tpot, math.inf), target.share)
+            if min(only_ttft, only_tpot) < math.inf:
+                by = (only_ttft, 1.0) if only_ttft <= only_tpot else (1.0, only_tpot)
+            else:
+                by = (_quantile(np.maximum(ttft, tpot), target.share),) * 2
+            nearest[index] = replace(target, ttft_ms=target.ttft_ms * by[0], tpot_ms=target.tpot_ms * by[1])
+        return tuple(nearest)
+
+    def picture(self, rate: float, busy: Mapping[str, float]) -> Picture:
+        good = self.ttft_ms < math.inf
+        return Picture(
+            rate=rate,
+            ttft_ms=_quantiles(self.ttft_ms[good]),
+            tpot_ms=_quantiles(self.tpot_ms[good & self.has_tpot]),
+            phases=self._phases(),
+            busy=dict(busy),
+            prompt_tokens_per_s=sum(one.num_prompt_tokens for one in self.kept) / self.span_s,
+            output_tokens_per_s=sum(one.num_output_tokens for one in self.kept) / self.span_s,
+        )
+
+    def _classes(self) -> list[tuple[int, Target]]:
+        """Those with requests."""
+        return [(index, target) for index, target in enumerate(self.targets) if (self.target == index).any()]
+
+    def _parts(self, index: int) -> tuple[FloatArray, FloatArray]:
+        """TTFT and TPOT of one class in units of their targets."""
+        of_class, target = self.target == index, self.targets[index]
+        return self.ttft_ms[of_class] / target.ttft_ms, self.tpot_ms[of_class] / target.tpot_ms
+
+    def _phases(self) -> tuple[Phase, ...]:
+        """A miss of TTFT is for what comes before the first token, one of TPOT alone for what comes after."""
+        rows = [index for index, one in enumerate(self.kept) if one.phases_ms]
+        if not rows:
+            return ()
+        times = np.array([self.kept[index].phases_ms for index in rows])
+        ttft_targets = np.array([target.ttft_ms for target in self.targets])[self.target]
+        tpot_targets = np.array([target.tpot_ms for target in self.targets])[self.target]
+        is_late, is_slow = self.ttft_ms > ttft_targets, self.tpot_ms > tpot_targets
+        beyond = times - np.median(times, axis=0)
+        num_before = len(BEFORE_FIRST_TOKEN)
+        worst = np.where(
+            is_late[rows], beyond[:, :num_before].argmax(axis=1), num_before + beyond[:, num_before:].argmax(axis=1)
+        )
+        guilty = np.bincount(worst[(is_late | is_slow)[rows]], minlength=len(PHASES))
+        num_missed = max(1, int((is_late | is_slow).sum()))
+        return tuple(
+            Phase(
+                name=name,
+                mean_ms=float(times[:, column].mean()),
+                p50_ms=float(np.quantile(times[:, column], 0.5)),
+                p99_ms=float(np.quantile(times[:, column], 0.99)),
+                share_of_misses=float(guilty[column]) / num_missed,
+            )
+            for column, name in enumerate(PHASES)
+        )
+
+
+def _quantile(values: FloatArray, share: float) -> float:
+    """The smallest of them that `share` of them are not above."""
+    return float(np.quantile(values, share, method="inverted_cdf"))
+
+
+def _quantiles(values: FloatArray) -> tuple[float, ...]:
+    return tuple(float(value) for value in np.quantile(values, QUANTILES)) if values.size else ()
+
+
+def busy_shares(busy_s: Mapping[str, float], last_arrival_s: float, end_s: float) -> dict[str, float]:
+    """Of each worker, by its name, `ROLE-NUMBER`. Prefill is done soon after the last arrival; decoding goes on to the
+    end of the run."""
+    spans_s = {Role.PREFILL: last_arrival_s}
+    shares = {name: took_s / max(spans_s.get(Role(name.split("-")[0]), end_s), 1e-9) for name, took_s in busy_s.items()}
+    return {name: min(1.0, share) for name, share in shares.items()}

@@ -1,0 +1,193 @@
+"""To split or not: one sentence from all findings, and the reasons behind it.
+
+Splitting has a price (two kinds of workers, a hand-off, more to go wrong), so it has to be better for certain: the 95 %
+interval of the ratio of goodputs, best split over best colocated, must lie above one. Intervals of independent runs
+add up as squares on a logarithmic scale. Knows nothing of how set-ups were chosen or shown.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pdserve.cluster.planner.findings import Finding, Phase, Target
+from pdserve.cluster.planner.goodput import Goodput
+from pdserve.cluster.planner.picture import AFTER_FIRST_TOKEN, PHASES
+from pdserve.proto.types import Role
+
+UNKNOWN = 1.0
+"""Half of an interval's logarithm, where there is no interval."""
+
+NOTEWORTHY = 0.25
+MEDIAN = 49
+"""Where the median lies in `QUANTILES`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What `Answer` has of the same names."""
+
+    verdict: str
+    reasons: tuple[str, ...]
+    best_split: int | None
+    best_colocated: int | None
+    plateau: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """Of two goodputs, with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def words(self) -> str:
+        return f"{self.value:.2f} times ({self.low:.2f} to {self.high:.2f})"
+
+
+def ratio(one: Goodput, other: Goodput) -> Ratio:
+    """Both have a rate."""
+    half = math.hypot(_half(one), _half(other))
+    value = one.rate / other.rate
+    return Ratio(value, value * math.exp(-half), value * math.exp(half))
+
+
+def _half(goodput: Goodput) -> float:
+    is_known = goodput.low > 0 and goodput.high < math.inf
+    return math.log(goodput.high / goodput.low) / 2 if is_known else UNKNOWN
+
+
+def decide(findings: Sequence[Finding], nearest: Sequence[tuple[Target, ...]], targets: Sequence[Target]) -> Verdict:
+    """`findings` are best first; `nearest` are for each the targets that it could just meet where it was looked at."""
+    split = next((index for index, one in enumerate(findings) if one.setup.is_split), None)
+    colocated = next((index for index, one in enumerate(findings) if not one.setup.is_split), None)
+    if not any(one.goodput.rate > 0 for one in findings):
+        return Verdict(_infeasible(findings, nearest, targets), _closest(findings, nearest), split, colocated, ())
+    best = max((index for index in (split, colocated) if index is not None), key=lambda i: findings[i].goodput.rate)
+    verdict, reasons = _compared(findings, split, colocated)
+    plateau = _plateau(findings, findings[best])
+    reasons += _where_time_goes([findings[index] for index in (split, colocated) if index is not None])
+    if len(plateau) > 1:
+        reasons.append(f"the choice is not sharp: {', '.join(plateau)} cannot be told apart")
+    reasons += _worst_split(findings)
+    return Verdict(verdict, tuple(reasons), split, colocated, plateau)
+
+
+def _compared(findings: Sequence[Finding], split: int | None, colocated: int | None) -> tuple[str, list[str]]:
+    if split is None or colocated is None:
+        only = findings[0]
+        kind = "splits were" if colocated is None else "colocated set-ups were"
+        return f"{_serves(only)}; no other than {kind} tried.", []
+    one, other = findings[split], findings[colocated]
+    if not other.goodput.rate:
+        why = f"{other.setup.name}: {other.goodput.reason}"
+        return f"Split: {_serves(one)}; colocated workers cannot hold the targets at any rate.", [why]
+    if not one.goodput.rate:
+        why = f"{one.setup.name}: {one.goodput.reason}"
+        return f"Do not split: {_serves(other)}; no split can hold the targets at any rate.", [why]
+    times = ratio(one.goodput, other.goodput)
+    reasons = [f"best split: {_serves(one)}", f"best colocated: {_serves(other)}"]
+    if times.low > 1:
+        sizes = f"{times.words} the goodput of the best colocated set-up, {other.setup.name}"
+        return f"Split: {one.setup.name} has {sizes}.", reasons
+    if times.high < 1:
+        inverse = Ratio(1 / times.value, 1 / times.high, 1 / times.low)
+        return f"Do not split: {other.setup.name} has {inverse.words} the goodput of the best split.", reasons
+    reasons.append("a split has to be better for certain, as it is more to run and to go wrong")
+    why = f"{one.setup.name} is not surely better than {other.setup.name}; it has {times.words} its goodput"
+    return f"Do not split: {why}.", reasons
+
+
+def _serves(finding: Finding) -> str:
+    goodput = finding.goodput
+    return (
+        f"{finding.setup.name} serves {goodput.rate:.3g} requests/s ({goodput.low:.3g} to {goodput.high:.3g}), "
+        f"{goodput.rate / finding.setup.num_gpus:.3g} per GPU"
+    )
+
+
+def _plateau(findings: Sequence[Finding], best: Finding) -> tuple[str, ...]:
+    """Of those that were looked at closely."""
+    close = [one for one in findings if one.is_refined and one.goodput.rate > 0]
+    names = [one.setup.name for one in close if one is best or ratio(one.goodput, best.goodput).high >= 1]
+    return tuple(dict.fromkeys([best.setup.name, *names]))
+
+
+def _where_time_goes(findings: Sequence[Finding]) -> list[str]:
+    """For each: what a request waits for at the goodput, and which phase makes requests miss."""
+    lines = []
+    for finding in findings:
+        picture = finding.picture
+        if picture is None or not picture.phases:
+            continue
+        phases = {phase.name: phase for phase in picture.phases}
+        parts = [f"{phases[name].mean_ms:,.0f} ms {name}" for name in PHASES if name in phases]
+        token = f", {picture.tpot_ms[MEDIAN]:.3g} ms a token" if picture.tpot_ms else ""
+        lines.append(f"{finding.setup.name} at {picture.rate:.3g}/s, a mean request: {', '.join(parts)}{token}")
+        guilty = max(picture.phases, key=lambda phase: phase.share_of_misses)
+        if guilty.share_of_misses >= NOTEWORTHY:
+            lines.append(f"{finding.setup.name} misses by: {_guilt(finding, guilty)}")
+    return lines
+
+
+def _guilt(finding: Finding, phase: Phase) -> str:
+    share = f"{phase.name} in {phase.share_of_misses:.0%} of the misses"
+    if not finding.setup.is_split and phase.name in AFTER_FIRST_TOKEN:
+        return f"{share}; prompts of others hold up its tokens (interference)"
+    if phase.name == "decode":
+        return f"{share}; more decode workers would help"
+    if phase.name in ("transfer", "decode queue"):
+        return f"{share}; the link or the decode workers' memory is short"
+    if finding.setup.is_split:
+        return f"{share}; more prefill workers would help"
+    return f"{share}; prompts wait for their turn"
+
+
+def _worst_split(findings: Sequence[Finding]) -> list[str]:
+    """By how much a wrong guess of a static split costs."""
+    plain = [one for one in findings if one.setup.is_split and Role.MIXED not in one.setup.num_workers]
+    if len(plain) < 2:
+        return []
+    best, worst = (pick(plain, key=lambda one: one.goodput.rate) for pick in (max, min))
+    if not worst.goodput.rate:
+        return [f"the worst static split, {worst.setup.name}, cannot hold the targets at any rate"]
+    times = best.goodput.rate / worst.goodput.rate
+    return [f"the worst static split, {worst.setup.name}, serves {times:.1f} times less than {best.setup.name}"]
+
+
+def _infeasible(findings: Sequence[Finding], nearest: Sequence[tuple[Target, ...]], targets: Sequence[Target]) -> str:
+    failing = list(dict.fromkeys(one.goodput.failing for one in findings if one.goodput.failing))
+    known = [words for words, near in ((_asked_and_near(targets, near), near) for near in nearest) if near]
+    closest = f"; the closest that can be met: {known[0]}" if known else ""
+    return f"No set-up can hold the targets at any rate: {failing[0] if failing else 'TTFT and TPOT'} fails{closest}."
+
+
+def _asked_and_near(targets: Sequence[Target], nearest: Sequence[Target]) -> str:
+    parts = []
+    for asked, near in zip(targets, nearest, strict=True):
+        name = f"{asked.name}: " if len(targets) > 1 else ""
+        for what, wanted, found in (("TTFT", asked.ttft_ms, near.ttft_ms), ("TPOT", asked.tpot_ms, near.tpot_ms)):
+            if found > wanted:
+                parts.append(f"{name}{what} {_up(found)} ms instead of {wanted:g} ms for {asked.share:.0%}")
+    return " and ".join(parts) or "the targets themselves, just"
+
+
+def _up(value_ms: float) -> str:
+    """Rounded up to two digits: what is printed can be met."""
+    unit = 10 ** (math.floor(math.log10(value_ms)) - 1)
+    return f"{math.ceil(value_ms / unit) * unit:g}"
+
+
+def _closest(findings: Sequence[Finding], nearest: Sequence[tuple[Target, ...]]) -> tuple[str, ...]:
+    """A line for the best of each kind."""
+    lines: dict[bool, str] = {}
+    for finding, near in zip(findings, nearest, strict=True):
+        words = ", ".join(f"TTFT {_up(one.ttft_ms)} ms and TPOT {_up(one.tpot_ms)} ms" for one in near)
+        lines.setdefault(
+            finding.setup.is_split,
+            f"{finding.setup.name}: {finding.goodput.reason}" + (f"; it could hold {words}" if near else ""),
+        )
+    return tuple(lines.values())

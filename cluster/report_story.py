@@ -1,0 +1,93 @@
+"""What `pdserve simulate` saw, as the story of its report: the sums of the load report, latencies, a time-lapse.
+
+Only puts together; the sums are made where real load is summed up, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+
+from pdserve.cluster.config import ClusterConfig
+from pdserve.cluster.load_report import LoadReport
+from pdserve.cluster.planner.findings import Picture, Setup, Target
+from pdserve.cluster.planner.picture import Run, Seen
+from pdserve.cluster.planner.profile import Profile
+from pdserve.cluster.planner.simulation import Outcome
+from pdserve.cluster.planner.timelapse import Lapse, SimulationStory, Spread
+from pdserve.cluster.planner.virtual_router import Record
+from pdserve.cluster.simulation_report import phases_of
+from pdserve.proto.types import SLO, Role
+
+
+def story_of(
+    report: LoadReport,
+    *,
+    setup: str,
+    workload: str,
+    profiles: Mapping[Role, Profile],
+    seed: int,
+    picture: Picture | None,
+    lapse: Lapse,
+    warnings: tuple[str, ...] = (),
+) -> SimulationStory:
+    """`setup` is its name, as in `3P5D`; `warnings` are what the user must know before believing it."""
+    spreads = {"TTFT": report.ttft, "TPOT": report.tpot, "ITL": report.itl, "E2E": report.e2e}
+    return SimulationStory(
+        setup=setup,
+        workload=workload,
+        profiles=tuple(f"{role}: {profile.name}, {profile.source}" for role, profile in profiles.items()),
+        seed=seed,
+        slo=SLO(report.slo_ttft_ms, report.slo_tpot_ms),
+        num_requests=report.num_requests,
+        num_completed=report.num_completed,
+        duration_s=report.duration_s,
+        offered_rate=report.offered_rate,
+        requests_per_s=report.requests_per_s,
+        goodput_per_s=report.goodput_per_s,
+        attainment=report.attainment,
+        spreads={name: Spread(**asdict(one)) for name, one in spreads.items() if one is not None},
+        errors=report.errors,
+        picture=picture,
+        lapse=lapse,
+        warnings=warnings,
+    )
+
+
+def name_of(config: ClusterConfig) -> str:
+    """As in `3P5D`."""
+    return Setup({role: config.replicas(role) for role in Role}, {}, {}, config.router.policy).name
+
+
+def picture_of(outcome: Outcome, slo: SLO, rate: float) -> Picture | None:
+    """Latencies and phases of a simulation, without its start; `None` if nothing completed."""
+    records = sorted(outcome.records, key=lambda record: record.arrival.at_s)
+    if all(record.failure for record in records):
+        return None
+    run = Run([_seen(record) for record in records], [Target("all", slo.ttft_ms, slo.tpot_ms, slo.percentile / 100)])
+    busy = {name: busy_s / max(outcome.end_s, 1e-9) for name, busy_s in outcome.busy_s.items()}
+    return run.picture(rate, busy)
+
+
+def _seen(record: Record) -> Seen:
+    arrival, timing = record.arrival, record.timing()
+    if record.failure:
+        return Seen(arrival.at_s, arrival.num_prompt_tokens, record.num_output_tokens, 0, None, None)
+    phases = phases_of(record)
+    phases_ms = (
+        (record.queued_s - arrival.at_s) * 1e3,
+        phases.prefill_queue_ms,
+        phases.prefill_ms,
+        phases.transfer_ms,
+        phases.decode_queue_ms,
+        phases.decode_ms,
+    )
+    return Seen(
+        at_s=arrival.at_s,
+        num_prompt_tokens=arrival.num_prompt_tokens,
+        num_output_tokens=record.num_output_tokens,
+        target=0,
+        ttft_ms=timing.ttft_ms(),
+        tpot_ms=timing.tpot_ms(),
+        phases_ms=phases_ms,
+    )
