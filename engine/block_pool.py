@@ -22,6 +22,7 @@ from array import array
 from collections import OrderedDict, deque
 from collections.abc import Iterable
 from enum import StrEnum
+from typing import NamedTuple
 
 
 class BlockState(StrEnum):
@@ -38,6 +39,22 @@ class BlockState(StrEnum):
 # States that are claims, strongest first.
 CLAIMS = (BlockState.QUARANTINED, BlockState.RECEIVING, BlockState.LEASED, BlockState.RUNNING)
 READING = (BlockState.RUNNING, BlockState.LEASED)
+
+
+class PoolCounts(NamedTuple):
+    """Blocks by state; they sum to `total`, but for `cached`, which is a part of `free`.
+
+    `reserved` is promised, not taken.
+    """
+
+    total: int
+    free: int
+    cached: int
+    running: int
+    leased: int
+    receiving: int
+    quarantined: int
+    reserved: int
 
 
 class BlockPool:
@@ -75,6 +92,20 @@ class BlockPool:
 
     def count(self, state: BlockState) -> int:
         return self._counts[state]
+
+    def counts(self) -> PoolCounts:
+        """All of them at once: asked for after every turn."""
+        counts = self._counts
+        return PoolCounts(
+            self.num_blocks,
+            self.num_free,
+            len(self._cached),
+            counts[BlockState.RUNNING],
+            counts[BlockState.LEASED],
+            counts[BlockState.RECEIVING],
+            counts[BlockState.QUARANTINED],
+            self._num_reserved,
+        )
 
     def state(self, block_id: int) -> BlockState:
         for state in CLAIMS:
@@ -137,6 +168,12 @@ class BlockPool:
         released = list(block_ids)
         self._check_claimed(released, state)
         claims, num_claims, freed = self._claims[state], self._num_claims, list[int]()
+        if not self._keys and max(map(num_claims.__getitem__, released), default=0) == 1:
+            for block_id in released:  # nothing is shared or known: the usual case without prefix caching
+                claims[block_id] = num_claims[block_id] = 0
+            self._count_change(state, BlockState.FREE, len(released))
+            self._free.extend(released)
+            return
         for block_id in reversed(released):
             if num_claims[block_id] == 1 and block_id not in self._keys:
                 claims[block_id] = num_claims[block_id] = 0

@@ -4,25 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from pdserve.engine.block_pool import BlockPool, BlockState
+from pdserve.engine.block_pool import BlockPool, PoolCounts
 from pdserve.engine.plan import StepResult
 from pdserve.engine.scheduler import Scheduler
-
-
-class PoolCounts(NamedTuple):
-    """Blocks by state after a turn; they sum to `total`, but for `cached`, which is a part of `free`.
-
-    `reserved` is promised, not taken.
-    """
-
-    total: int
-    free: int
-    cached: int
-    running: int
-    leased: int
-    receiving: int
-    quarantined: int
-    reserved: int
 
 
 class Turn(NamedTuple):
@@ -44,24 +28,11 @@ def turn_of(
     """The turn that has just ended."""
     return Turn(
         step=step,
-        pool=_count(pool),
+        pool=pool.counts(),
         num_waiting=scheduler.num_waiting,
         num_running=scheduler.num_running,
         queued_tokens=scheduler.queued_tokens,
         wanted_blocks=scheduler.wanted_blocks,
         num_steps=num_steps,
         num_preemptions=num_preemptions,
-    )
-
-
-def _count(pool: BlockPool) -> PoolCounts:
-    return PoolCounts(
-        total=pool.num_blocks,
-        free=pool.num_free,
-        cached=pool.num_cached,
-        running=pool.count(BlockState.RUNNING),
-        leased=pool.count(BlockState.LEASED),
-        receiving=pool.count(BlockState.RECEIVING),
-        quarantined=pool.count(BlockState.QUARANTINED),
-        reserved=pool.num_reserved,
     )

@@ -57,6 +57,27 @@ class StandingScheduler(Scheduler):
         context_tokens += self._num_known + num_standing * self._num_steps
         return StepShape(num_prefill_tokens, pairs, num_decodes + num_standing, context_tokens)
 
+    @property
+    def only_goes_on(self) -> bool:
+        """Whether the next step is the standing sequences' alone, and none of them ends or lacks a block."""
+        if self._running or self._redeemed or self._waiting or self._num_steps in self._ending or not self._since:
+            return False
+        num_growing = len(self._growing[self._num_steps % self.block_size])
+        return not num_growing or self.pool.can_take(num_growing)
+
+    def go_on(self) -> StepShape:
+        """Plan that step."""
+        self._grow_all(self._growing[self._num_steps % self.block_size])
+        num_standing = len(self._since)
+        return StepShape(0, 0.0, num_standing, self._num_known + num_standing * self._num_steps)
+
+    def went_on(self, now_s: float) -> None:
+        """Book it."""
+        self._num_steps += 1
+        self._committed_s = now_s
+        if self.claims.prefix_caching:
+            self._label_full_ones()
+
     def abort(self, handoff_id: HandoffId) -> Sequence | None:
         sequence = self._by_id.get(handoff_id)
         if sequence in self._since:
@@ -65,22 +86,23 @@ class StandingScheduler(Scheduler):
 
     def commit(self, plan: StepPlan, sampled: Items[TokenInfo | PdserveError], now_s: float) -> Committed:
         done = super().commit(plan, sampled, now_s)
-        self._num_steps += 1
-        self._committed_s = now_s
+        self.went_on(now_s)
         for step in done.steps:
             if step.finish is None and not step.handed_off:
                 self._stand(step.sequence)
-        if self.claims.prefix_caching:
-            for sequence in self._growing[self._num_steps % self.block_size]:
-                self._update(sequence)
-                self.claims.label(sequence)
         return done
+
+    def _label_full_ones(self) -> None:
+        """Who needs a block in the next step has just filled one."""
+        for sequence in self._growing[self._num_steps % self.block_size]:
+            self._update(sequence)
+            self.claims.label(sequence)
 
     def _schedule_decodes(self, draft: Draft) -> None:
         growing = self._growing[self._num_steps % self.block_size]
         decodes = (sequence for sequence in self._running if sequence.num_uncomputed == 1)
         num_missing = len(growing) + sum(not sequence.has_room for sequence in decodes)
-        if not self.pool.can_take(num_missing):
+        if num_missing and not self.pool.can_take(num_missing):
             for sequence in list(self._since):
                 self._return(sequence)
         else:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pdserve.cluster.planner.clock import Clock
 from pdserve.cluster.planner.standing import StandingScheduler
 from pdserve.cluster.planner.step_shape import StepShape, shape_of
-from pdserve.engine.plan import Committed, StepPlan, StepResult
+from pdserve.engine.plan import Committed, Limit, StepPlan, StepResult
 from pdserve.engine.scheduler import Scheduler
 from pdserve.engine.turn import Turn, turn_of
 from pdserve.proto.types import TokenInfo
@@ -29,7 +29,8 @@ class VirtualEngine:
         self, clock: Clock, scheduler: Scheduler, duration_s: Duration, on_turn: Callable[[Turn], None]
     ) -> None:
         self.scheduler = scheduler
-        self._shape_of = scheduler.shape_of if isinstance(scheduler, StandingScheduler) else shape_of
+        self._standing = scheduler if isinstance(scheduler, StandingScheduler) else None
+        self._shape_of = shape_of if self._standing is None else self._standing.shape_of
         self.pool = scheduler.pool
         self.busy_s = 0.0
         self._clock = clock
@@ -68,6 +69,10 @@ class VirtualEngine:
                     self._is_awake = False
                     return
                 continue
+            if self._standing is not None and self._standing.only_goes_on:
+                duration_s = self._duration_s(self._standing.go_on())
+                self._clock.after(duration_s, self._went_on, self._standing, duration_s)
+                return
             plan = scheduler.schedule(self._clock.now_s)
             shape = self._shape_of(plan)
             if shape.num_decodes or shape.num_prefill_tokens:
@@ -85,6 +90,16 @@ class VirtualEngine:
         self.busy_s += duration_s
         done = self.scheduler.commit(plan, (TOKEN,) * len(plan.sampled), self._clock.now_s)
         self._publish(StepResult.of(plan, done, duration_s))
+        self._turn()
+
+    def _went_on(self, standing: StandingScheduler, duration_s: float) -> None:
+        """What `_computed` would come to for a step in which nothing was decided."""
+        if self._is_dead:
+            return
+        self.busy_s += duration_s
+        standing.went_on(self._clock.now_s)
+        num_tokens = standing.num_running
+        self._publish(StepResult((), (), (), num_tokens, 0, num_tokens, 0, 0, duration_s, Limit.NONE))
         self._turn()
 
     def _publish(self, step: StepResult | None) -> None:

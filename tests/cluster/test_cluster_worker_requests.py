@@ -7,7 +7,8 @@ import math
 import pytest
 
 from pdserve.cluster.worker_requests import WorkerRequests
-from pdserve.engine.turn import PoolCounts, Turn
+from pdserve.engine.block_pool import PoolCounts
+from pdserve.engine.turn import Turn
 from pdserve.proto.errors import InternalError
 from pdserve.proto.types import KVLayout, Role, WorkerInfo, WorkerRef
 
