@@ -1,4 +1,4 @@
-"""The command line: `pdserve up | down | status | generate | chat | bench | simulate`.
+"""The command line: `pdserve up | down | status | generate | chat | bench | profile | simulate | tune | validate`.
 
 Each verb lives in a module of its own; here they are named and put behind one seam that turns errors into one line
 and an exit code: 0 done, 1 failed, 2 wrong usage, configuration or input. Never a traceback.
@@ -19,8 +19,11 @@ from pdserve.cluster.chat_command import chat
 from pdserve.cluster.config import DEFAULT_CONFIG, load_config
 from pdserve.cluster.errors_seam import one_line_errors
 from pdserve.cluster.generate_command import generate
+from pdserve.cluster.profile_command import profile
 from pdserve.cluster.simulate_command import simulate
 from pdserve.cluster.status_command import status
+from pdserve.cluster.tune_command import tune
+from pdserve.cluster.validate_command import validate
 from pdserve.proto.errors import PdserveError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -77,7 +80,10 @@ app.command()(one_line_errors(status))
 app.command()(one_line_errors(generate))
 app.command()(one_line_errors(chat))
 app.command()(one_line_errors(bench))
+app.command()(one_line_errors(profile))
 app.command()(one_line_errors(simulate))
+app.command()(one_line_errors(tune))
+app.command()(one_line_errors(validate))
 
 if __name__ == "__main__":
     main()

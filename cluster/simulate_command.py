@@ -15,15 +15,17 @@ import typer
 from rich.console import Console
 
 from pdserve.cluster import command_options as options
-from pdserve.cluster.config import DEFAULT_CONFIG, ClusterConfig, load_config
+from pdserve.cluster.config import DEFAULT_CONFIG, load_config
 from pdserve.cluster.load_report import LoadReport, render
-from pdserve.cluster.planner import profile as profiles
 from pdserve.cluster.planner.profile import Profile
 from pdserve.cluster.planner.simulation import Outcome
 from pdserve.cluster.planner.simulation import simulate as run
+from pdserve.cluster.planner.timelapse import Timelapse
 from pdserve.cluster.planner.workload import parse_workload
+from pdserve.cluster.profile_files import read_profiles
+from pdserve.cluster.report_html import require_report, write_simulation
+from pdserve.cluster.report_story import name_of, picture_of, story_of
 from pdserve.cluster.simulation_report import render_workers, report_of
-from pdserve.proto.errors import ConfigError
 from pdserve.proto.types import SLO, Role
 
 DEFAULT_NUM_REQUESTS = 2000
@@ -32,7 +34,9 @@ DEFAULT_NUM_REQUESTS = 2000
 def simulate(
     profile: Annotated[
         list[str],
-        typer.Option(help="Profile of the workers (JSON); ROLE=FILE for one role. May be repeated."),
+        typer.Option(
+            help="Profile of the workers: a JSON file or a shipped one's name; ROLE=... for one role. May be repeated."
+        ),
     ],
     workload: Annotated[
         str, typer.Option(help="A preset, trace:FILE, synthetic?..., sessions?...; see docs/planner.md.")
@@ -46,6 +50,7 @@ def simulate(
     ttft_ms: Annotated[float, typer.Option(min=0, help="Target time to first token.")] = 1000.0,
     tpot_ms: Annotated[float, typer.Option(min=0, help="Target time per output token after the first.")] = 100.0,
     seed: Annotated[int, typer.Option(min=0, help="Of the workload.")] = 0,
+    html: Annotated[Path | None, typer.Option(help="Write a report with a time-lapse.")] = None,
     as_json: options.Json = False,
 ) -> None:
     """Simulate a cluster: the real scheduler, hand-off, admission and policy over profiled step times.
@@ -53,43 +58,30 @@ def simulate(
     Exit status 1 when nothing completed.
     """
     settings = load_config(config, override or [])
+    if html is not None:
+        require_report(html)
+    lapse = None if html is None else Timelapse()
     by_role = read_profiles(profile, settings)
     longest = min(one.max_model_len for one in by_role.values())
     source = parse_workload(workload, Path.cwd()).for_model(longest).source(request_rate, seed, num_prompts)
     started_s = time.perf_counter()
-    outcome = run(settings, by_role, source)
+    outcome = run(settings, by_role, source, lapse=lapse)
     took_s = time.perf_counter() - started_s
     report = report_of(outcome, SLO(ttft_ms, tpot_ms))
+    if html is not None and lapse is not None:
+        story = story_of(
+            report,
+            setup=name_of(settings),
+            workload=workload,
+            profiles=by_role,
+            seed=seed,
+            picture=picture_of(outcome, SLO(ttft_ms, tpot_ms), report.offered_rate),
+            lapse=lapse.lapse(),
+            warnings=tuple(f"beyond what was measured: {line}" for line in outcome.extrapolation.summary()),
+        )
+        write_simulation(story, html)
     _show(report, outcome, by_role, took_s, as_json)
     raise typer.Exit(0 if report.num_completed else 1)
-
-
-def read_profiles(written: list[str], settings: ClusterConfig) -> dict[Role, Profile]:
-    """The profile of every role that has workers; a later one replaces an earlier one.
-
-    Raises:
-        ConfigError: a file cannot be read or makes no sense, or a role has no profile.
-    """
-    wanted = [role for role in Role if settings.replicas(role)]
-    found: dict[Role, Profile] = {}
-    for text in written:
-        name, separator, path = text.partition("=")
-        if separator and name in list(Role):
-            found[Role(name)] = _read(Path(path))
-        else:
-            found |= dict.fromkeys(wanted, _read(Path(text)))
-    missing = [str(role) for role in wanted if role not in found]
-    if missing:
-        raise ConfigError(f"--profile: none for {' and '.join(missing)} workers; give FILE or {missing[0]}=FILE")
-    return {role: found[role] for role in wanted}
-
-
-def _read(path: Path) -> Profile:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--profile: {path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    return profiles.load(text, str(path))
 
 
 def _show(report: LoadReport, outcome: Outcome, by_role: dict[Role, Profile], took_s: float, as_json: bool) -> None:

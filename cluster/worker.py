@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pdserve.cluster.fleet_watch import watch_peers
+from pdserve.cluster.step_records import StepRecorder
 from pdserve.cluster.worker_links import WorkerLinks
 from pdserve.cluster.worker_memory import DeviceMemory, HostMemory, WorkerMemory
 from pdserve.cluster.worker_requests import WorkerRequests
@@ -60,6 +61,7 @@ class Worker:
         self._blocks = engine.cache.bytes_view()  # uint8 [num_blocks, block_bytes]
         self._memory = memory
         self._export = self._make_export()
+        self._steps = StepRecorder()
         self._metrics = EngineMetrics(spec.worker_id, spec.role, Path(spec.model).name)
         self._tasks: set[asyncio.Task[None]] = set()
         self._turned = asyncio.Event()
@@ -105,11 +107,12 @@ class Worker:
             self.requests.prefill_role = self._mount_prefill(info)
         if self._spec.role in (Role.DECODE, Role.MIXED):
             self.requests.decode_role = self._mount_decode(info)
+        self._steps.watch(self._engine.scheduler)
         self._engine_loop.start()
         post(lambda engine: None)  # a first turn, so that there is a load to tell
         async with asyncio.timeout(FIRST_TURN_TIMEOUT_S):
             await self._turned.wait()
-        await self._server.start(self.requests, self._on_crash)
+        await self._server.start(self.requests, self._on_crash, self._steps)
         self._spawn(self._sweep())
         self._spawn(watch_peers(self._spec.controller, self.peer_gone))
         return info
@@ -144,6 +147,7 @@ class Worker:
 
     def _turn_ended(self, turn: Turn) -> None:
         """In the engine's thread."""
+        self._steps.turn_ended(turn)
         self._call_soon(self._on_turn, turn)
 
     def _engine_crashed(self, error: BaseException) -> None:

@@ -1,4 +1,4 @@
-"""The gRPC surface of a worker: `Worker` for routers, `KVPeer` for other workers.
+"""The gRPC surface of a worker: `Worker` for routers, `KVPeer` for other workers, step records for who profiles.
 
 Decodes, checks who is addressed, calls, encodes. Errors leave through `proto.status`. Decides nothing.
 """
@@ -11,6 +11,8 @@ from typing import Any
 
 import grpc
 
+from pdserve.cluster import step_feed
+from pdserve.cluster.step_records import StepRecorder
 from pdserve.cluster.worker_requests import WorkerRequests
 from pdserve.kv_transfer.lease import SendKey
 from pdserve.kv_transfer.peers import Redemption
@@ -36,11 +38,12 @@ class WorkerServer:
         """A free port of `host`, ours from now on."""
         return self._server.add_insecure_port(f"{host}:0")
 
-    async def start(self, requests: WorkerRequests, on_bug: Callable[[Exception], None]) -> None:
+    async def start(self, requests: WorkerRequests, on_bug: Callable[[Exception], None], steps: StepRecorder) -> None:
         """`on_bug` is told what no request may do."""
         services = WorkerServices(requests, on_bug)
         pb_grpc.add_WorkerServicer_to_server(services, self._server)
         pb_grpc.add_KVPeerServicer_to_server(services, self._server)
+        self._server.add_generic_rpc_handlers((step_feed.handler(steps),))
         await self._server.start()
 
     async def stop(self) -> None:

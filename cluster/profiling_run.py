@@ -1,0 +1,208 @@
+"""Measures running clusters: drives load, and reads what the workers recorded of it.
+
+    step_timings     what every step took under bursts of load, until the budget is over
+    lone_requests    from a client's call to the first step, and from a step's end to the client
+    handoffs         from the end of a prompt's last step to the first step at the other worker
+
+All processes are on this machine, so that their clocks are one. Knows neither how clusters are started nor what a
+profile is made of.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import numpy as np
+
+from pdserve.client import AsyncClient
+from pdserve.cluster.profiling_links import Handoff
+from pdserve.cluster.profiling_load import Driver, Seen
+from pdserve.cluster.profiling_plan import Burst
+from pdserve.cluster.profiling_samples import Timing, timings_of
+from pdserve.cluster.state import ClusterState
+from pdserve.cluster.status_command import take
+from pdserve.cluster.step_feed import StepReader
+from pdserve.cluster.step_records import StepRecord
+from pdserve.proto import wire
+from pdserve.proto.errors import PdserveError, Unavailable
+from pdserve.proto.types import Role, WorkerInfo
+
+NUM_WARM_UP = 3
+NUM_LONE = 24
+LONE_TOKENS = 16
+LONE_ANSWER_TOKENS = 6
+NUM_HANDOFFS = 12
+TEXT_TOKENS = (64, 1024)
+NUM_TEXTS = 8
+WATCH_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class LoneCost:
+    """Lower quartiles over requests that had the cluster to themselves: what disturbs one only adds to it.
+
+    `busy_token_s` is of a first token after which the worker goes on to the next: its delivery shares the core with it.
+    """
+
+    request_s: float
+    token_s: float
+    busy_token_s: float
+
+
+class Session:
+    """A cluster being measured: its workers' records, and a driver of load."""
+
+    def __init__(self, infos: Sequence[WorkerInfo], reader: StepReader, client: AsyncClient, driver: Driver) -> None:
+        self.infos = tuple(infos)
+        self.client = client
+        self._reader = reader
+        self._driver = driver
+
+    async def step_timings(
+        self, bursts: Sequence[Burst], budget_s: float, on_burst: Callable[[float], None] = lambda share: None
+    ) -> tuple[list[Timing], int]:
+        """Rounds of bursts until the budget is over, and how many were whole; `on_burst` hears how much of it is."""
+        records: list[list[StepRecord]] = [[] for _ in self.infos]
+        started_s, num_rounds = time.monotonic(), 0
+        await self._reader.read()  # what came before is not of these bursts
+        try:
+            async with asyncio.timeout(budget_s):
+                while True:
+                    for burst in bursts:
+                        await self._driver.burst(burst)
+                        await self._collect(records)
+                        on_burst((time.monotonic() - started_s) / budget_s)
+                    num_rounds += 1
+        except TimeoutError:
+            await self._collect(records)
+        return [timing for one in records for timing in timings_of(one)], num_rounds
+
+    async def _collect(self, records: list[list[StepRecord]]) -> None:
+        for kept, new in zip(records, await self._reader.read(), strict=True):
+            kept.extend(new)
+
+    async def lone_requests(self, budget_s: float) -> LoneCost:
+        """Raises Unavailable when there was no time for any."""
+        before_s: list[float] = []
+        after_s: dict[int, list[float]] = {1: [], LONE_ANSWER_TOKENS: []}
+        deadline_s = time.monotonic() + budget_s
+        for number in range(NUM_WARM_UP + NUM_LONE):
+            for num_tokens, after in after_s.items():
+                seen, steps = await self._lone(LONE_TOKENS, num_tokens)
+                if number >= NUM_WARM_UP and steps:
+                    before_s.append(steps[0].started_s - seen.sent_s)
+                    after.append(seen.token_times_s[0] - steps[0].ended_s)
+            if time.monotonic() > deadline_s and all(after_s.values()):
+                break
+        if not all(after_s.values()):
+            raise Unavailable("no step was recorded for any lone request; does something else use this cluster?")
+        idle_s, busy_s = (_undisturbed_s(after) for after in after_s.values())
+        return LoneCost(_undisturbed_s(before_s), idle_s, busy_s)
+
+    async def handoffs(self, sizes: Sequence[int], budget_s: float) -> list[Handoff]:
+        """Prompts of these lengths, each computed in one step, in turns."""
+        found = []
+        deadline_s = time.monotonic() + budget_s
+        for number in range(NUM_WARM_UP + NUM_HANDOFFS):
+            for num_tokens in sizes:
+                handoff = await self._handoff(num_tokens)
+                if number >= NUM_WARM_UP and handoff is not None:
+                    found.append(handoff)
+            if number > NUM_WARM_UP and time.monotonic() > deadline_s:
+                break
+        return found
+
+    async def tokenize_s_per_token(self) -> float:
+        """Beyond what a call costs; 0 for a model without a tokenizer."""
+        try:
+            took = [await self._tokenize(num_tokens) for num_tokens in TEXT_TOKENS]
+        except PdserveError:
+            return 0.0
+        (short, short_s), (long, long_s) = took
+        return max(0.0, (long_s - short_s) / max(1, long - short))
+
+    async def _tokenize(self, num_tokens: int) -> tuple[int, float]:
+        text = await self.client.detokenize(self._driver.prompt(num_tokens))
+        times_s = []
+        for _ in range(NUM_TEXTS):
+            started_s = time.perf_counter()
+            num_found = len(await self.client.tokenize(text))
+            times_s.append(time.perf_counter() - started_s)
+        return num_found, _undisturbed_s(times_s)
+
+    async def _handoff(self, num_tokens: int) -> Handoff | None:
+        """`None` where the steps cannot be told apart."""
+        await self._reader.read()
+        seen = await self._driver.ask(num_tokens, 3)
+        by_role: dict[Role, tuple[StepRecord, ...]] = {}
+        for info, steps in zip(self.infos, await self._reader.read(), strict=True):
+            by_role[info.role] = tuple(step for step in steps if step.started_s >= seen.sent_s)
+        prefills, decodes = by_role[Role.PREFILL], by_role[Role.DECODE]
+        if len(prefills) != 1 or not decodes or seen.timings is None:
+            return None
+        layout = self.infos[0].layout
+        num_bytes = layout.num_blocks(num_tokens) * layout.block_bytes
+        return Handoff(num_bytes, decodes[0].started_s - prefills[0].ended_s, seen.timings.transfer_ms / 1e3)
+
+    async def _lone(self, num_prompt_tokens: int, num_tokens: int) -> tuple[Seen, list[StepRecord]]:
+        await self._reader.read()
+        seen = await self._driver.ask(num_prompt_tokens, num_tokens)
+        steps = [step for one in await self._reader.read() for step in one if step.started_s >= seen.sent_s]
+        return seen, sorted(steps, key=lambda step: step.started_s)
+
+
+def _undisturbed_s(times_s: Sequence[float]) -> float:
+    return max(0.0, float(np.percentile(times_s, 25)))
+
+
+async def watch_steps(cluster: ClusterState, budget_s: float) -> tuple[tuple[WorkerInfo, ...], list[Timing]]:
+    """What a running cluster's workers do meanwhile, and what they still remember.
+
+    Raises:
+        Unavailable: a worker does not answer.
+    """
+    infos = workers_of(cluster)
+    reader = StepReader(info.worker.address for info in infos)
+    records: list[list[StepRecord]] = [[] for _ in infos]
+    deadline_s = time.monotonic() + budget_s
+    try:
+        while True:
+            for kept, new in zip(records, await reader.read(), strict=True):
+                kept.extend(new)
+            left_s = deadline_s - time.monotonic()
+            if left_s <= 0:
+                return infos, [timing for one in records for timing in timings_of(one)]
+            await asyncio.sleep(min(WATCH_S, left_s))
+    finally:
+        await reader.close()
+
+
+def workers_of(cluster: ClusterState) -> tuple[WorkerInfo, ...]:
+    """Those that answer, of which there is at least one."""
+    infos = [wire.info_from_wire(worker.member.info) for worker in take(cluster).workers if worker.HasField("load")]
+    if not infos:
+        raise Unavailable(f"{cluster.name}: no worker answers; see `pdserve status --name {cluster.name}`")
+    return tuple(infos)
+
+
+@asynccontextmanager
+async def session(cluster: ClusterState, seed: int) -> AsyncIterator[Session]:
+    """Connected to the router and to every worker.
+
+    Raises:
+        Unavailable: a part of the cluster does not answer.
+    """
+    infos = workers_of(cluster)
+    reader = StepReader(info.worker.address for info in infos)
+    try:
+        async with AsyncClient(cluster.endpoint) as client:
+            model = await client.model_info()
+            yield Session(
+                infos, reader, client, Driver(client, model.vocab_size, model.max_model_len, len(infos), seed)
+            )
+    finally:
+        await reader.close()

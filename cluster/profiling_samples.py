@@ -1,0 +1,128 @@
+"""Step records to timed steps: what a step adds to the time of a worker that is never idle. Pure.
+
+What a simulation needs is the *period*: from the end of one step to the end of the next. It holds what the bare
+duration does not: publishing the turn, and the event loop that shares the worker's core. The first step after idleness
+has no period; its duration stands in.
+
+Steps that something else held up do not count: those whose thread waited for its core for longer than is usual, and
+those that took far longer than steps like them. Of the rest nearly equal ones become one sample with their mean,
+because an answer's time is a sum of steps. Knows nothing of what a fit does with them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pdserve.cluster.planner.fit import StepSample
+from pdserve.cluster.planner.step_model import StepModel
+from pdserve.cluster.planner.step_shape import StepShape
+from pdserve.cluster.step_records import StepRecord
+
+HELD_UP = 1.5
+"""Times the lower quartile of like steps beyond which something else was at work: another process, a page fault."""
+
+WAITED = 0.1
+"""Share of a step that its thread was without a core, beyond the lower quartile of that share, which is the hardware's
+own: waiting for a GPU counts as well."""
+
+CELL = 0.1
+"""Relative width within which shapes count as equal."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """One step with its bare duration and, where it followed another at once, its period."""
+
+    shape: StepShape
+    duration_s: float
+    cpu_s: float
+    period_s: float | None
+
+    @property
+    def waited(self) -> float:
+        """Share of the duration that the engine's thread was without a core."""
+        return max(0.0, 1.0 - self.cpu_s / self.duration_s) if self.duration_s > 0 else 0.0
+
+    @property
+    def cost_s(self) -> float:
+        return self.duration_s if self.period_s is None else self.period_s
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """What periods have beyond durations: `fixed_s` for each step and `per_sequence_s` for each decode in it."""
+
+    fixed_s: float
+    per_sequence_s: float
+    num_samples: int
+
+
+def timings_of(records: Sequence[StepRecord]) -> Iterator[Timing]:
+    """Of one worker's records in order of time. A gap in the numbers is a step that was lost."""
+    before: StepRecord | None = None
+    for record in records:
+        follows = before is not None and before.leaves_work and record.number == before.number + 1
+        period_s = record.ended_s - before.ended_s if follows and before is not None else None
+        yield Timing(record.shape, record.duration_s, record.cpu_s, period_s)
+        before = record
+
+
+def samples_of(timings: Iterable[Timing], with_disturbed: bool = False) -> tuple[StepSample, ...]:
+    """One for each cell of nearly equal shapes, in a fixed order."""
+    known = list(timings)
+    cells: dict[tuple[int, ...], list[Timing]] = defaultdict(list)
+    for timing in known if with_disturbed else undisturbed(known):
+        cells[_cell(timing.shape)].append(timing)
+    held_up = math.inf if with_disturbed else HELD_UP
+    return tuple(_merged(cells[cell], held_up) for cell in sorted(cells))
+
+
+def undisturbed(timings: Sequence[Timing]) -> Sequence[Timing]:
+    """Those whose thread had its core for as much of them as is usual. Of a busy machine few are left."""
+    if not timings:
+        return timings
+    usual = float(np.percentile([one.waited for one in timings], 25))
+    return [one for one in timings if one.waited <= usual + WAITED]
+
+
+def gap_of(timings: Iterable[Timing]) -> Gap | None:
+    """A line through periods less durations of pure decodes; `None` where no two batches were seen."""
+    by_batch: dict[int, list[float]] = defaultdict(list)
+    for one in timings:
+        if one.period_s is not None and not one.shape.num_prefill_tokens:
+            by_batch[one.shape.num_decodes].append(one.period_s - one.duration_s)
+    if len(by_batch) < 2:
+        return None
+    batches = np.array(sorted(by_batch), dtype=np.float64)
+    gaps_s = np.array([np.median(by_batch[int(batch)]) for batch in batches])
+    counts = np.array([len(by_batch[int(batch)]) for batch in batches])
+    slope, fixed_s = np.polyfit(batches, gaps_s, 1, w=np.sqrt(counts))
+    return Gap(float(fixed_s), float(slope), int(counts.sum()))
+
+
+def bias_of(model: StepModel, samples: Sequence[StepSample]) -> float:
+    """How far the sum of all predictions is off the sum of all times, as a share: what does not even out."""
+    measured_s = math.fsum(sample.duration_s for sample in samples)
+    return math.fsum(model.duration_s(sample.shape) for sample in samples) / measured_s - 1.0 if measured_s else 0.0
+
+
+def _cell(shape: StepShape) -> tuple[int, ...]:
+    tokens, pairs, batch, context_tokens = shape
+    return _bin(tokens), _bin(pairs / max(tokens, 1)), _bin(batch), _bin(context_tokens / max(batch, 1))
+
+
+def _bin(value: float) -> int:
+    return -1 if value <= 0 else round(math.log(value) / CELL)
+
+
+def _merged(timings: Sequence[Timing], held_up: float) -> StepSample:
+    usual_s = float(np.percentile([one.cost_s for one in timings], 25))
+    kept = [one for one in timings if one.cost_s <= held_up * usual_s]
+    tokens, pairs, batch, context_tokens = np.mean([one.shape for one in kept], axis=0)
+    shape = StepShape(round(tokens), float(pairs), round(batch), round(context_tokens))
+    return StepSample(shape, float(np.mean([one.cost_s for one in kept])))

@@ -1,0 +1,120 @@
+"""What was measured becomes a profile that predicts it, with words on how well, and the clusters that it takes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from planner_setups import make_config
+
+from pdserve.cluster.planner.profile import LinkCost, Overheads, dump, load
+from pdserve.cluster.planner.step_model import StepModel
+from pdserve.cluster.planner.step_shape import StepShape, chunk_pairs
+from pdserve.cluster.profiling_clusters import cores_per_worker, handoff_sizes, mixed_config, pair_config
+from pdserve.cluster.profiling_plan import WorkerLimits
+from pdserve.cluster.profiling_profile import Finding, Identity, Surroundings, profile_of
+from pdserve.cluster.profiling_samples import Timing
+from pdserve.proto.errors import ConfigError
+from pdserve.proto.types import Role
+
+IDENTITY = Identity("tiny", "tiny-llama", "a test", 0.0, 4096, 32_768, 2048)
+AROUND = Surroundings(
+    {"shm": LinkCost(latency_s=0.001, bandwidth_bytes_per_s=1e9)}, Overheads(request_s=0.002), 12.0, 0.1
+)
+
+
+def cost_s(shape: StepShape) -> float:
+    prefill_s = 1e-4 * shape.num_prefill_tokens + 2e-8 * shape.prefill_pairs
+    return 0.004 + prefill_s + 2e-4 * shape.num_decodes + 1e-7 * shape.decode_context_tokens
+
+
+def shapes() -> Iterator[StepShape]:
+    for tokens in (8, 16, 32, 64, 128, 256, 512):
+        for context in (0, 256, 1024):
+            yield StepShape(tokens, chunk_pairs(tokens, context), 0, 0)
+            yield StepShape(tokens, chunk_pairs(tokens, context), 4, 1000)
+    for batch in (1, 2, 4, 8, 16, 32, 64):
+        for context in (32, 128, 512):
+            yield StepShape(0, 0.0, batch, batch * context)
+
+
+def found(noise: float = 0.01, period: float = 1.0) -> Finding:
+    random = np.random.default_rng(1)
+    timings = []
+    for shape in shapes():
+        for _ in range(4):
+            seconds = cost_s(shape) * float(random.lognormal(0.0, noise))
+            timings.append(Timing(shape, seconds, seconds, period * seconds))
+    return profile_of(IDENTITY, timings, AROUND, "a test")
+
+
+def test_a_profile_of_periods_predicts_them() -> None:
+    model = StepModel(found(period=1.1).profile)
+    for shape in shapes():
+        assert model.duration_s(shape) == pytest.approx(1.1 * cost_s(shape), rel=0.05)
+
+
+def test_it_is_a_file_that_can_be_read_again_with_everything_in_it() -> None:
+    profile = found().profile
+    assert load(dump(profile), "file") == profile
+    assert profile.source == "measured"
+    assert profile.links == AROUND.links
+    assert (profile.startup_s, profile.flip_s, profile.overheads) == (12.0, 0.1, AROUND.overheads)
+    assert profile.domain.decode_batch.largest == 64
+
+
+def test_good_measurements_have_errors_by_region_and_no_warnings() -> None:
+    words = found()
+    assert words.warnings == ()
+    assert any(line.startswith("prefill") for line in words.fit)
+    assert any(line.startswith("mixed") for line in words.fit)
+    assert "steps" in words.notes[0]
+
+
+def test_disturbed_measurements_are_called_so_and_still_predict() -> None:
+    timings = [Timing(shape, cost_s(shape) * slow, cost_s(shape), None) for shape in shapes() for slow in (1, 1, 2)]
+    disturbed = profile_of(IDENTITY, timings, AROUND, "a test")
+    assert any("33% of the steps had to wait for their core" in line for line in disturbed.warnings)
+    assert StepModel(disturbed.profile).duration_s(StepShape(0, 0.0, 8, 1024)) == pytest.approx(
+        cost_s(StepShape(0, 0.0, 8, 1024)), rel=0.05
+    )
+
+
+def test_what_is_thin_is_named() -> None:
+    few = [Timing(StepShape(tokens, chunk_pairs(tokens, 0), 0, 0), 0.01, 0.01, None) for tokens in (8, 64)]
+    few += [Timing(StepShape(0, 0.0, batch, batch * 50), 0.01, 0.01, None) for batch in (1, 8)]
+    warnings = profile_of(IDENTITY, few, AROUND, "a test").warnings
+    assert any(line.startswith("thin: prefill") for line in warnings)
+    assert any(line.startswith("thin: mixed steps: none timed") for line in warnings)
+
+
+def test_steps_of_one_phase_only_are_no_profile() -> None:
+    with pytest.raises(ConfigError, match=r"none is a decode step.*raise --budget-s"):
+        profile_of(IDENTITY, [Timing(StepShape(8, 32.0, 0, 0), 0.01, 0.01, None)], AROUND, "a test")
+
+
+def test_steps_are_measured_on_as_many_mixed_workers_as_there_will_be_workers() -> None:
+    config = make_config(prefill=1, decode=2)
+    measured = mixed_config(config)
+    assert [measured.replicas(role) for role in (Role.PREFILL, Role.DECODE, Role.MIXED)] == [0, 0, 3]
+    assert measured.name != config.name
+    assert cores_per_worker(config) == max(1, len(os.sched_getaffinity(0)) // 3)
+
+
+def test_a_pair_has_one_kind_of_link_and_the_cores_of_the_largest_worker() -> None:
+    config = make_config(mixed=2, prefill=0, decode=0)
+    config = config.model_copy(update={"mixed": config.mixed.model_copy(update={"cores": 1})})
+    pair = pair_config(config, "cuda_ipc")
+    assert [pair.replicas(role) for role in (Role.PREFILL, Role.DECODE, Role.MIXED)] == [1, 1, 0]
+    assert pair.kv_transfer.links == ["cuda_ipc"]
+    assert (pair.prefill.cores, pair.decode.cores) == (1, 1)
+    assert "_" not in pair.name
+    assert cores_per_worker(config) == 1
+
+
+def test_handed_off_prompts_are_of_one_chunk_each() -> None:
+    limits = WorkerLimits(64, 512, 2048, 32_768)
+    assert handoff_sizes(limits, 16) == (16, 128, 256, 512)
+    assert max(handoff_sizes(WorkerLimits(4, 512, 256, 300), 16)) <= 150

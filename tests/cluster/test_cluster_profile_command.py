@@ -1,0 +1,134 @@
+"""`pdserve profile` as its users meet it, as far as that takes no cluster."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+import pytest
+from command_runner import application
+from planner_setups import make_config, make_profile
+from typer.testing import CliRunner, Result
+
+from pdserve.cluster import profile_files
+from pdserve.cluster.planner.profile import dump, load
+from pdserve.cluster.planner.public_facts import Conversion
+from pdserve.cluster.planner.public_measurements import SPLITWISE_COLUMNS
+from pdserve.cluster.profile_command import choose_conversion, profile
+from pdserve.cluster.profile_files import read_profile, read_profiles, shipped_names
+from pdserve.proto.errors import ConfigError
+from pdserve.proto.types import Role
+
+APP = application(profile)
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(APP, ["profile", *arguments])
+
+
+def one_line(done: Result) -> str:
+    assert done.exit_code == 2, done.output
+    (line,) = done.stderr.splitlines()
+    return line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--budget-s", "0"], "--budget-s: 0.0 is not a positive number"),
+        (["--budget-s", "nan"], "--budget-s: nan"),
+        (["--set", "model=/no/such/model"], "/no/such/model: no such directory"),
+        (["--set", "engine.nonsense=1"], "engine.nonsense"),
+        (["--from-cluster", "nobody"], "no cluster named 'nobody' is running"),
+        (["--base", "x.json"], "--base: has a meaning with --from-cluster only"),
+        (["--convert", "no-such.csv"], "--convert: no-such.csv: cannot be read"),
+    ],
+    ids=["budget", "nan", "model", "setting", "cluster", "base", "file"],
+)
+def test_wrong_use_is_one_line_and_exit_status_2(
+    arguments: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    assert words in one_line(invoke(*arguments))
+
+
+def write_public(path: Path) -> Path:
+    """As Splitwise publishes its measurements, of two GPUs."""
+    rows = [",".join(SPLITWISE_COLUMNS)]
+    for hardware in ("a100-80gb", "h100-80gb"):
+        for prompt_tokens in (128, 256, 512, 1024, 2048):
+            for batch in (1, 2, 4, 8, 16):
+                prompt_ms, token_ms = 10 + 0.1 * prompt_tokens * batch, 20 + 0.5 * batch
+                sizes = {"prompt_size": prompt_tokens, "batch_size": batch, "token_size": 128, "tensor_parallel": 8}
+                times = {"prompt_time": prompt_ms, "token_time": token_ms, "e2e_time": prompt_ms + 127 * token_ms}
+                cells = {"model": "llama2-70b", "hardware": hardware, **sizes, **times}
+                rows.append(",".join(str(cells.get(column, 1.0)) for column in SPLITWISE_COLUMNS))
+    text = "\n".join(rows) + "\n"
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    return path
+
+
+@pytest.mark.parametrize("name", ["table.csv", "table.csv.gz"])
+def test_a_public_file_becomes_a_profile_by_name(tmp_path: Path, name: str) -> None:
+    public = write_public(tmp_path / name)
+    line = one_line(invoke("--convert", str(public)))
+    assert "holds several profiles; give --name, one of: " in line
+    wanted = next(one for one in line.partition("one of: ")[2].split(", ") if "h100" in one)
+    output = tmp_path / "out.json"
+    done = invoke("--convert", str(public), "--name", wanted, "--output", str(output))
+    assert done.exit_code == 0, done.output
+    found = load(output.read_text(), "out.json")
+    assert found.name == wanted
+    assert "prefill" in done.stdout
+    assert f"wrote {output}" in done.stdout
+
+
+def test_an_output_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    public = write_public(tmp_path / "table.csv")
+    line = one_line(invoke("--convert", str(public)))
+    wanted = line.partition("one of: ")[2].split(", ")[0]
+    assert "cannot be written" in one_line(
+        invoke("--convert", str(public), "--name", wanted, "--output", str(tmp_path / "no" / "out.json"))
+    )
+
+
+def test_the_only_profile_of_a_file_needs_no_name() -> None:
+    only = Conversion(make_profile(), ())
+    assert choose_conversion((only,), None, "file") is only
+    with pytest.raises(ConfigError, match="holds no profile 'x'"):
+        choose_conversion((only,), "x", "file")
+
+
+def test_a_bare_name_is_a_shipped_profile_and_a_file_comes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shipped = tmp_path / "shipped"
+    shipped.mkdir()
+    (shipped / "tiny-cpu.json").write_text(dump(make_profile(name="shipped")))
+    monkeypatch.setattr(profile_files, "SHIPPED", shipped)
+    monkeypatch.chdir(tmp_path)
+    assert read_profile("tiny-cpu").name == "shipped"
+    (tmp_path / "tiny-cpu").write_text(dump(make_profile(name="mine")))
+    assert read_profile("tiny-cpu").name == "mine"
+    with pytest.raises(ConfigError, match=r"other: cannot be read.*shipped: tiny-cpu"):
+        read_profile("other")
+
+
+def test_roles_can_have_profiles_of_their_own(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).write_text(dump(make_profile(name=name)))
+    found = read_profiles([str(tmp_path / "one"), f"decode={tmp_path / 'two'}"], make_config())
+    assert {role: one.name for role, one in found.items()} == {Role.PREFILL: "one", Role.DECODE: "two"}
+
+
+@pytest.mark.parametrize("name", shipped_names())
+def test_what_is_shipped_can_be_read_and_says_where_it_is_from(name: str) -> None:
+    found = read_profile(name)
+    assert found.name == name
+    assert found.source == "measured"
+    assert {"shm", "gloo"} <= set(found.links)
+    assert "pdserve profile" in found.origin
+
+
+def test_the_demo_models_profile_is_shipped() -> None:
+    assert "demo-cpu" in shipped_names()
