@@ -1,4 +1,4 @@
-# One verb each: setup demo test check model-check simulate proto bench clean.
+# One verb each: setup demo test check model-check simulate compile proto bench clean.
 # A fresh machine needs Python 3.11 or newer, and make.
 #
 #   PYTHON    the interpreter the environment is made from
@@ -24,7 +24,7 @@ GRPCIO_TOOLS := grpcio-tools==1.81.1
 # A virtual path: the stubs import each other as pdserve.proto.
 PROTOC := .venv-proto/bin/python -m grpc_tools.protoc -Ipdserve/proto=proto
 
-.PHONY: setup demo test check model-check simulate proto bench clean
+.PHONY: setup demo test check model-check simulate compile proto bench clean
 
 setup:
 	@$(PYTHON) tools/install.py --torch "$(TORCH)" -- $(PIP_ARGS)
@@ -53,6 +53,10 @@ model-check: setup
 # The cluster's own code on virtual time, with faults; the same seed takes the same course.
 simulate: setup
 	PYTHONPATH=tests $(BIN)/python -m simulation $(SEEDS) $(ARGS)
+
+# The planner's simulator as machine code, beside the repository's own modules; needs a C compiler.
+compile: setup
+	$(BIN)/python tools/compile.py build/compiled
 
 proto: .venv-proto/ready
 	$(PROTOC) --python_out=typings --pyi_out=typings --grpc_python_out=typings $(PROTOS)

@@ -32,9 +32,6 @@ Result = TypeVar("Result")
 Argument = TypeVar("Argument")
 
 SEED = 1
-START_ROOM = 0.8
-"""A guess from mean lengths is too high; a search that begins too high runs long queues."""
-
 PREFILL_NUM_SEQS = 64
 LINK_OF_FABRIC = {"nvlink": "cuda_ipc", "infiniband": "nccl"}
 
@@ -48,7 +45,7 @@ class Effort:
     max_requests: int
 
 
-EFFORTS = {"quick": Effort(2_000, 0.1, 8_000), "normal": Effort(12_000, 0.03, 120_000)}
+EFFORTS = {"quick": Effort(2_000, 0.1, 40_000), "normal": Effort(12_000, 0.03, 120_000)}
 
 
 def load_profiles(folder: Path, names: Sequence[str], fabric: str) -> dict[str, Profile]:
@@ -105,7 +102,7 @@ def goodputs(
     jobs = []
     for setup, start in zip(setups, starts, strict=True):
         problem = Problem({name: profiles[name] for name in setup.profiles.values()}, workload, (target,))
-        hunt = Hunt(setup, START_ROOM * start, SEED, effort.precision, effort.max_requests)
+        hunt = Hunt(setup, start, SEED, effort.precision, effort.max_requests)
         jobs.append((hunt, problem))
     return each(_goodput, jobs)
 
@@ -120,6 +117,11 @@ def each(function: Callable[[Argument], Result], arguments: Iterable[Argument]) 
     """Of all arguments in their order, on all cores."""
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(function, arguments))
+
+
+def words_of(goodput: Goodput) -> str:
+    """With its interval."""
+    return f"{goodput.rate:.3g} ({goodput.low:.3g} to {goodput.high:.3g})"
 
 
 def best(values: Mapping[str, float]) -> str:

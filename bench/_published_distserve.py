@@ -3,7 +3,7 @@
 As its algorithm for slow links does: one prefill and one decode instance within a node of 8 GPUs, every pair of tensor-
 parallel degrees, the pair with the highest goodput per GPU at 90 % joint attainment. Colocated are its baseline, vLLM
 of early 2024 with the degree that it was given (the fits of vLLM's own steps, whole prompts in one step), and a
-stronger one that it did not have: its own engine's steps with the best chunk size and degree.
+stronger one that it did not have: its own engine's steps with the better of two chunk sizes.
 
 There is no pipeline parallelism in the fits: of the published shapes it is the number of GPUs that can be compared.
 """
@@ -12,9 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import product
 
 from _cluster import Row, row
-from _published import Effort, best, fleet, goodputs, listed, num_gpus
+from _published import EFFORTS, Effort, best, fleet, goodputs, listed, num_gpus
 
 from pdserve.cluster.planner.findings import Setup, Target
 from pdserve.cluster.planner.profile import Profile
@@ -23,6 +24,12 @@ from pdserve.proto.types import Role
 
 FILES = ("distserve_profiler-a100-80g.distserve.json", "distserve_profiler-a100-80g.vllm.json")
 CHUNKS = (512, 2048)
+QUICK_SHAPES = {
+    "opt-13b": ((1, 1), (1, 2), (2, 1), (2, 2), (4, 1)),
+    "opt-66b": ((2, 2), (2, 4), (4, 2), (3, 3), (4, 4)),
+}
+"""The published one, its neighbours, and the extremes that fit; with more effort all are tried."""
+
 WHOLE_PROMPTS = 2048
 """No prompt is longer: the context of OPT."""
 
@@ -61,7 +68,7 @@ def rows(profiles: Mapping[str, Profile], effort: Effort) -> list[Row]:
 
 
 def app_rows(app: App, profiles: Mapping[str, Profile], effort: Effort) -> list[Row]:
-    setups = {**pairs(app, profiles), **colocated(app, profiles)}
+    setups = {**pairs(app, profiles, effort), **colocated(app, profiles)}
     workload = parse_workload(app.workload).for_model(2048)
     target = Target("all", app.ttft_ms, app.tpot_ms, 0.9)
     found = goodputs(list(setups.values()), profiles, workload, target, effort)
@@ -96,8 +103,9 @@ def app_rows(app: App, profiles: Mapping[str, Profile], effort: Effort) -> list[
     ]
 
 
-def pairs(app: App, profiles: Mapping[str, Profile]) -> dict[str, Setup]:
-    """One instance of each, of all degrees."""
+def pairs(app: App, profiles: Mapping[str, Profile], effort: Effort) -> dict[str, Setup]:
+    """One instance of each, of the degrees that are tried."""
+    shapes = QUICK_SHAPES[app.model] if effort is EFFORTS["quick"] else tuple(product(app.degrees, repeat=2))
     return {
         pair_name(ours, theirs): fleet(
             {
@@ -105,18 +113,16 @@ def pairs(app: App, profiles: Mapping[str, Profile]) -> dict[str, Setup]:
                 Role.DECODE: (profiles[profile_name(app, theirs)], 1),
             },
         )
-        for ours in app.degrees
-        for theirs in app.degrees
+        for ours, theirs in shapes
     }
 
 
 def colocated(app: App, profiles: Mapping[str, Profile]) -> dict[str, Setup]:
-    """vLLM as it was run, and the engine of the splits with several chunk sizes."""
+    """vLLM as it was run, and the engine of the splits with several chunk sizes and vLLM's degree."""
     found = {
-        f"M{degree} chunk {chunk}": fleet(
-            {Role.MIXED: (profiles[profile_name(app, degree)], 1)}, chunk_tokens=chunk, num_seqs=256
+        f"M{app.vllm_degree} chunk {chunk}": fleet(
+            {Role.MIXED: (profiles[profile_name(app, app.vllm_degree)], 1)}, chunk_tokens=chunk
         )
-        for degree in app.degrees
         for chunk in CHUNKS
     }
     vllm = profiles[f"{profile_name(app, app.vllm_degree)}-vllm"]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from _cluster import Row, row
-from _published import SEED, START_ROOM, Effort, best, each, fleet, guesses, listed
+from _published import SEED, Effort, best, each, fleet, guesses, listed
 
 from pdserve.cluster.planner.findings import Setup, Target
 from pdserve.cluster.planner.profile import Profile
@@ -45,7 +45,11 @@ PUBLISHED = {
     ("a100-80gb", "conv"): (45 / 70, "45P25T of 70"),
 }
 FLEETS = (("bloom-176b", "h100-80gb"), ("bloom-176b", "a100-80gb"), ("llama2-70b", "h100-80gb"))
+PUBLISHED_MODEL = "bloom-176b"
+"""The model of the repository's configurations; which one the 40 machines of the paper serve was not noted."""
+
 HOPELESS = 0.65
+LARGE_RUN = 10_000
 WARMUP_PART = 1 / 3
 STEP, NARROW = 1.25, 1.06
 MAX_RUNS = 16
@@ -63,50 +67,68 @@ class Job:
 
 
 def rows(profiles: Mapping[str, Profile], effort: Effort) -> list[Row]:
-    found = []
-    for model, gpu in FLEETS:
-        shares = {}
-        for traffic, text in (("code", CODE), ("conv", CONVERSATION)):
-            rates = split_rates(profiles, model, gpu, text, effort)
-            chosen = best({name: rate for name, (_, rate) in rates.items()})
-            shares[traffic] = rates[chosen][0]
-            target, words = PUBLISHED[gpu, traffic]
-            note = f"{chosen} at {rates[chosen][1]:.1f}/s; published {words}; "
-            note += listed({name: rate for name, (_, rate) in rates.items()})
-            is_close = abs(shares[traffic] - target) <= GRID + 1e-9
-            name = f"splitwise_{traffic}_prefill_share_{model.partition('-')[0]}_{gpu.partition('-')[0]}"
-            found.append(row(name, shares[traffic], "share", round(target, 3), is_close, note))
-        difference = shares["code"] - shares["conv"]
-        published = PUBLISHED[gpu, "code"][0] - PUBLISHED[gpu, "conv"][0]
-        name = f"splitwise_code_over_conv_{model.partition('-')[0]}_{gpu.partition('-')[0]}"
-        found.append(row(name, difference, "share", round(published, 3), difference > 0, "code needs more prefill"))
-    return found
+    return [found for model, gpu in FLEETS for found in fleet_rows(profiles, model, gpu, effort)]
+
+
+def fleet_rows(profiles: Mapping[str, Profile], model: str, gpu: str, effort: Effort) -> list[Row]:
+    """The share of machines that prefill for each traffic, and that it is larger for code."""
+    found, shares = list[Row](), dict[str, float]()
+    suffix = f"{model.partition('-')[0]}_{gpu.partition('-')[0]}"
+    for traffic, text in (("code", CODE), ("conv", CONVERSATION)):
+        target, words = PUBLISHED[gpu, traffic]
+        rates = split_rates(profiles, model, gpu, text, effort, target)
+        by_name = {name: rate for name, (_, rate) in rates.items()}
+        chosen = best(by_name)
+        shares[traffic] = rates[chosen][0]
+        is_close = abs(shares[traffic] - on_grid(target)) <= GRID + 1e-9
+        note = f"{chosen} at {by_name[chosen]:.1f}/s; published {words}; {listed(by_name)}"
+        name = f"splitwise_{traffic}_prefill_share_{suffix}"
+        is_published = model == PUBLISHED_MODEL
+        found.append(
+            row(
+                name,
+                shares[traffic],
+                "share",
+                round(target, 3) if is_published else None,
+                is_close if is_published else None,
+                note,
+            )
+        )
+    difference = shares["code"] - shares["conv"]
+    published = PUBLISHED[gpu, "code"][0] - PUBLISHED[gpu, "conv"][0]
+    note = "code needs more prefill"
+    over = row(f"splitwise_code_over_conv_{suffix}", difference, "share", round(published, 3), difference > 0, note)
+    return [*found, over]
+
+
+def on_grid(share: float) -> float:
+    """The split of ours that is nearest."""
+    return round(share / GRID) * GRID
 
 
 def split_rates(
-    profiles: Mapping[str, Profile], model: str, gpu: str, text: str, effort: Effort
+    profiles: Mapping[str, Profile], model: str, gpu: str, text: str, effort: Effort, published: float
 ) -> dict[str, tuple[float, float]]:
-    """The prefill share and the highest rate of each split that is not hopeless by its mean lengths."""
+    """The prefill share and the highest rate of the published split, and of each that is not hopeless by its mean
+    lengths."""
     profile, alone = profiles[f"{model}-{gpu}-tp8"], profiles[f"{model}-a100-80gb-tp8"]
     workload = parse_workload(text).for_model(profile.max_model_len)
-    num_machines = 8 if effort.num_requests < 10_000 else 16
-    counts = [(number, num_machines - number) for number in range(1, num_machines)]
+    num_machines = 8 if effort.num_requests < LARGE_RUN else 16
     setups = [
-        fleet({Role.PREFILL: (profile, ours), Role.DECODE: (profile, theirs)}, num_seqs=512) for ours, theirs in counts
+        fleet({Role.PREFILL: (profile, number), Role.DECODE: (profile, num_machines - number)}, num_seqs=512)
+        for number in range(1, num_machines)
     ]
     target = Target("all", 1e3, TOKEN_SLOWDOWNS[0] * lone_tpot_s(StepModel(alone), 1000, 200) * 1e3, 0.9)
     starts = guesses(setups, {profile.name: profile}, workload, target.tpot_ms)
     problem = Problem({profile.name: profile}, workload, (target,))
-    jobs = [
-        Job(setup, problem, alone, START_ROOM * start, effort.num_requests)
-        for setup, start in zip(setups, starts, strict=True)
-        if start >= HOPELESS * max(starts)
-    ]
-    rates = each(highest_rate, jobs)
-    return {
-        job.setup.name: (job.setup.num_workers[Role.PREFILL] / num_machines, rate)
-        for job, rate in zip(jobs, rates, strict=True)
+    shares = [setup.num_workers[Role.PREFILL] / num_machines for setup in setups]
+    jobs = {
+        setup.name: (share, Job(setup, problem, alone, start, effort.num_requests))
+        for setup, start, share in zip(setups, starts, shares, strict=True)
+        if start >= HOPELESS * max(starts) or abs(share - on_grid(published)) < GRID / 4
     }
+    rates = each(highest_rate, [job for _, job in jobs.values()])
+    return {name: (share, rate) for (name, (share, _)), rate in zip(jobs.items(), rates, strict=True)}
 
 
 def highest_rate(job: Job) -> float:

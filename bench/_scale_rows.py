@@ -1,12 +1,13 @@
-"""The simulated rows of `bench/scale.py`: cells of four sizes, all the cells of one size, and what losing a worker does.
+"""The simulated rows of `bench/scale.py`: cells of four sizes, all the cells of one size, and lost workers.
 
 Knows nothing of how a cell is simulated.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 from _cluster import Row, row
@@ -29,7 +30,7 @@ FAILURES, FAILURE_DAYS, FAILURE_GPUS = 419, 54, 16_384
 
 def seconds_of(size: int, seconds: float) -> float:
     """Small cells run for longer: they see fewer requests, and swing more slowly for their size."""
-    return seconds * min(MOST_TIMES, (max(SIZES) / size) ** 0.5)
+    return seconds * min(MOST_TIMES, math.sqrt(max(SIZES) / size))
 
 
 def cell_rows(trace: Path | None, seconds: float) -> Iterator[Row]:
@@ -57,7 +58,7 @@ def crossing(shares: list[float]) -> float:
     if shares[0] < TARGET_SHARE:
         return 0.0
     pairs = list(zip(RATES, shares, strict=True))
-    for (low, above), (high, below) in zip(pairs, pairs[1:], strict=False):
+    for (low, above), (high, below) in pairwise(pairs):
         if below < TARGET_SHARE:
             return low + (high - low) * (above - TARGET_SHARE) / (above - below)
     return RATES[-1]
@@ -69,7 +70,7 @@ def whole_rows(trace: Path | None, seconds: float) -> Iterator[Row]:
     found = list(run_all(runs))
     whole, shares = together(found), sorted(one.attainment for one in found)
     note = (
-        f"{len(runs)} cells of {WHOLE_SIZE}, {WHOLE_RATE * NUM_GPUS:,.0f} requests/s for {seconds:g} s, the latter half "
+        f"{len(runs)} cells of {WHOLE_SIZE}, {WHOLE_RATE * NUM_GPUS:,.0f} requests/s for {seconds:g} s, latter half "
         f"counted; worst cell {shares[0]:.3f}, best {shares[-1]:.3f}; {whole.describe()}; {whole.num_failed} failed"
     )
     yield row("all_cells_attainment", whole.attainment, "share", None, None, note)
@@ -90,11 +91,16 @@ def split_rows(trace: Path | None, seconds: float) -> Iterator[Row]:
 
 def loss_rows(trace: Path | None, seconds: float) -> Iterator[Row]:
     """A worker dies and stays away, in cells of each size; and how often that happens."""
-    base = [CellRun(size, LOSS_RATE, 2 * seconds, 0, trace) for size in SIZES if size < max(SIZES)]
-    runs = [replace(run, lost=lost) for run in base for lost in ((), ("prefill-0",), ("decode-0",))]
-    for run, seen in zip(runs, run_all(runs), strict=True):
-        who = run.lost[0].split("-")[0] if run.lost else "no"
-        num = num_prefill(run.size)
+    cells = [
+        seeds(CellRun(size, LOSS_RATE, seconds_of(size, seconds), 0, trace, lost=lost), num)
+        for size, num in SIZES.items()
+        if size < max(SIZES)
+        for lost in ((), ("prefill-0",), ("decode-0",))
+    ]
+    found = run_all([run for some in cells for run in some])
+    for some in cells:
+        run, seen = some[0], together([next(found) for _ in some])
+        who, num = run.lost[0].split("-")[0] if run.lost else "no", num_prefill(run.size)
         note = f"{num} prefill and {run.size - num} decode workers; {seen.num_failed} failed of {seen.describe()}"
         yield row(f"cell{run.size}_attainment_{who}_loss", seen.attainment, "share", None, None, note)
     per_day = FAILURES / FAILURE_DAYS / FAILURE_GPUS * NUM_GPUS

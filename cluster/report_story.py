@@ -11,12 +11,11 @@ from dataclasses import asdict
 from pdserve.cluster.config import ClusterConfig
 from pdserve.cluster.load_report import LoadReport
 from pdserve.cluster.planner.findings import Picture, Setup, Target
-from pdserve.cluster.planner.picture import Run, Seen
+from pdserve.cluster.planner.picture import Run
 from pdserve.cluster.planner.profile import Profile
 from pdserve.cluster.planner.simulation import Outcome
 from pdserve.cluster.planner.timelapse import Lapse, SimulationStory, Spread
-from pdserve.cluster.planner.virtual_router import Record
-from pdserve.cluster.simulation_report import phases_of
+from pdserve.cluster.simulation_report import seen_of
 from pdserve.proto.types import SLO, Role
 
 
@@ -64,30 +63,8 @@ def picture_of(outcome: Outcome, slo: SLO, rate: float) -> Picture | None:
     records = sorted(outcome.records, key=lambda record: record.arrival.at_s)
     if all(record.failure for record in records):
         return None
-    run = Run([_seen(record) for record in records], [Target("all", slo.ttft_ms, slo.tpot_ms, slo.percentile / 100)])
+    run = Run(
+        [seen_of(record, 0) for record in records], [Target("all", slo.ttft_ms, slo.tpot_ms, slo.percentile / 100)]
+    )
     busy = {name: busy_s / max(outcome.end_s, 1e-9) for name, busy_s in outcome.busy_s.items()}
     return run.picture(rate, busy)
-
-
-def _seen(record: Record) -> Seen:
-    arrival, timing = record.arrival, record.timing()
-    if record.failure:
-        return Seen(arrival.at_s, arrival.num_prompt_tokens, record.num_output_tokens, 0, None, None)
-    phases = phases_of(record)
-    phases_ms = (
-        (record.queued_s - arrival.at_s) * 1e3,
-        phases.prefill_queue_ms,
-        phases.prefill_ms,
-        phases.transfer_ms,
-        phases.decode_queue_ms,
-        phases.decode_ms,
-    )
-    return Seen(
-        at_s=arrival.at_s,
-        num_prompt_tokens=arrival.num_prompt_tokens,
-        num_output_tokens=record.num_output_tokens,
-        target=0,
-        ttft_ms=timing.ttft_ms(),
-        tpot_ms=timing.tpot_ms(),
-        phases_ms=phases_ms,
-    )

@@ -10,6 +10,7 @@ from rich.table import Table
 from pdserve.client import Timings
 from pdserve.cluster.load import LoadResult, RequestRecord
 from pdserve.cluster.load_report import LoadReport, summarize
+from pdserve.cluster.planner.picture import Seen
 from pdserve.cluster.planner.simulation import Outcome
 from pdserve.cluster.planner.virtual_router import Record
 from pdserve.proto.types import SLO
@@ -46,6 +47,24 @@ def phases_of(record: Record) -> Timings:
         decode_queue_ms=(record.decode_started_s - record.admitted_s) * 1e3 if is_split else 0.0,
         decode_ms=(record.end_s - decode_began_s) * 1e3,
     )
+
+
+def seen_of(record: Record, target: int) -> Seen:
+    """One request for a `Picture`, judged by the target of that index. One that failed has no latencies."""
+    arrival, timing = record.arrival, record.timing()
+    if record.failure:
+        return Seen(arrival.at_s, arrival.num_prompt_tokens, record.num_output_tokens, target, None, None)
+    phases = phases_of(record)
+    phases_ms = (
+        (record.queued_s - arrival.at_s) * 1e3,
+        phases.prefill_queue_ms,
+        phases.prefill_ms,
+        phases.transfer_ms,
+        phases.decode_queue_ms,
+        phases.decode_ms,
+    )
+    ttft_ms, tpot_ms = timing.ttft_ms(), timing.tpot_ms()
+    return Seen(arrival.at_s, arrival.num_prompt_tokens, record.num_output_tokens, target, ttft_ms, tpot_ms, phases_ms)
 
 
 def render_workers(outcome: Outcome) -> Table:

@@ -19,7 +19,7 @@ from pdserve.cluster.planner.simulation import Outcome, simulate
 from pdserve.cluster.planner.trials import Found, Hunt, Job, Probe, Result, View
 from pdserve.cluster.planner.virtual_router import Record
 from pdserve.cluster.planner.workload_spec import WorkloadSpec
-from pdserve.cluster.simulation_report import phases_of
+from pdserve.cluster.simulation_report import seen_of
 from pdserve.proto.types import SLO
 
 GENERAL = "all"
@@ -57,7 +57,8 @@ def run_once(setup: Setup, problem: Problem, rate: float, seed: int, num_request
     """One simulation of a set-up."""
     by_role = {role: problem.profiles[name] for role, name in setup.profiles.items()}
     config = config_of(setup, problem.profiles, problem.targets[0])
-    return simulate(config, by_role, problem.workload.source(rate, seed, num_requests))
+    source = problem.workload.source(rate, seed, num_requests)
+    return simulate(config, by_role, source, are_prompts_shared=problem.workload.shares_prefixes())
 
 
 def _view(job: Probe, problem: Problem) -> View:
@@ -90,6 +91,7 @@ def _hunt(job: Hunt, problem: Problem) -> Found:
         precision=job.precision,
         max_requests=job.max_requests,
         start_rate=job.start_rate,
+        course_requests=problem.workload.course_requests(),
     )
     # The last runs are the ones beside the goodput.
     return Found(goodput, tuple(dict.fromkeys(chain.from_iterable(lines[-1:]))))
@@ -106,29 +108,5 @@ def _outcomes(records: Sequence[Record], problem: Problem) -> Outcomes:
 
 
 def _seen(records: Sequence[Record], problem: Problem) -> list[Seen]:
-    return [_seen_one(record, problem) for record in sorted(records, key=lambda record: record.arrival.at_s)]
-
-
-def _seen_one(record: Record, problem: Problem) -> Seen:
-    arrival, timing = record.arrival, record.timing()
-    is_good = not record.failure
-    phases_ms: tuple[float, ...] = ()
-    if is_good:
-        phases = phases_of(record)
-        phases_ms = (
-            (record.queued_s - arrival.at_s) * 1e3,
-            phases.prefill_queue_ms,
-            phases.prefill_ms,
-            phases.transfer_ms,
-            phases.decode_queue_ms,
-            phases.decode_ms,
-        )
-    return Seen(
-        at_s=arrival.at_s,
-        num_prompt_tokens=arrival.num_prompt_tokens,
-        num_output_tokens=record.num_output_tokens,
-        target=problem.target_of(arrival.slo_class),
-        ttft_ms=timing.ttft_ms() if is_good else None,
-        tpot_ms=timing.tpot_ms() if is_good else None,
-        phases_ms=phases_ms,
-    )
+    ordered = sorted(records, key=lambda record: record.arrival.at_s)
+    return [seen_of(record, problem.target_of(record.arrival.slo_class)) for record in ordered]

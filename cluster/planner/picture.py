@@ -105,7 +105,8 @@ class Run:
         ttft_targets = np.array([target.ttft_ms for target in self.targets])[self.target]
         tpot_targets = np.array([target.tpot_ms for target in self.targets])[self.target]
         is_late, is_slow = self.ttft_ms > ttft_targets, self.tpot_ms > tpot_targets
-        beyond = times - np.median(times, axis=0)
+        # What never takes time is to blame for nothing, even where all else is below its median.
+        beyond = np.where(times.max(axis=0) > 0, times - np.median(times, axis=0), -np.inf)
         num_before = len(BEFORE_FIRST_TOKEN)
         worst = np.where(
             is_late[rows], beyond[:, :num_before].argmax(axis=1), num_before + beyond[:, num_before:].argmax(axis=1)

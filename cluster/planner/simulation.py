@@ -18,14 +18,12 @@ from pdserve.cluster.config import ClusterConfig
 from pdserve.cluster.planner.clock import Clock
 from pdserve.cluster.planner.prompts import Prompts
 from pdserve.cluster.planner.source import Source
-from pdserve.cluster.planner.standing import StandingScheduler
 from pdserve.cluster.planner.steering import Steering
 from pdserve.cluster.planner.step_model import Extrapolation
 from pdserve.cluster.planner.timelapse import Timelapse
 from pdserve.cluster.planner.virtual_fleet import EngineChoice, Profiles, VirtualFleet
 from pdserve.cluster.planner.virtual_router import Record, VirtualRouter
 from pdserve.engine.block_pool import BlockPool
-from pdserve.engine.scheduler import Scheduler
 from pdserve.router.admission import Admission
 from pdserve.router.policy import POLICIES
 
@@ -65,20 +63,20 @@ def simulate(
 ) -> Outcome:
     """Serve every request of the source, to its end.
 
-    `exact` takes every token through the production scheduler; without it decodes that only go on are counted
-    (`standing`): the same decisions and latencies, faster. `are_prompts_shared` gives prompts the tokens that their
-    prefix ids and conversations say, and simulates prefix caches where the configuration has them; it costs a hash for
-    each block. `workers_per_host`: all on one host by default. `lapse` records what queues and pools look like. With
-    `on_record` each record is handed out when its request ends and none is kept: memory does not grow with the source.
+    `exact` takes every token through the production scheduler and every block through the pool. Without it decodes that
+    only go on are counted (`standing`), and so are blocks (`counting_pool`): the same decisions and latencies, faster.
+    `are_prompts_shared` gives prompts the tokens that their prefix ids and conversations say, and simulates prefix
+    caches where the configuration has them; it costs a hash for each block. `workers_per_host`: all on one host by
+    default. `lapse` records what queues and pools look like. With `on_record` each record is handed out when its
+    request ends and none is kept: memory does not grow with the source.
 
     Raises:
         ConfigError: a role without a profile, or workers without a link in common.
     """
     clock, records = Clock(), list[Record]()
-    keep = on_record or records.append
 
     def ended(record: Record) -> None:
-        keep(record)
+        (on_record or records.append)(record)
         source.ended(record.arrival, clock.now_s)
 
     router = VirtualRouter(
@@ -89,7 +87,7 @@ def simulate(
         Prompts(are_prompts_shared),
         ended,
     )
-    choice = EngineChoice(Scheduler if exact else StandingScheduler, are_prompts_shared, workers_per_host)
+    choice = EngineChoice(exact, are_prompts_shared, workers_per_host)
     fleet = VirtualFleet(config, profiles, clock, router, choice)
     if steering is not None and steering.next_s() < math.inf:
         clock.at(steering.next_s(), fleet.steer, steering)
@@ -98,9 +96,13 @@ def simulate(
         end_s = clock.now_s
         while clock.next_s <= end_s + SETTLE_S:
             clock.advance()
+    return _outcome(fleet, tuple(records), end_s)
+
+
+def _outcome(fleet: VirtualFleet, records: tuple[Record, ...], end_s: float) -> Outcome:
     everybody = [*fleet.gone, *fleet.workers.values()]
     return Outcome(
-        records=tuple(records),
+        records=records,
         end_s=end_s,
         busy_s=_sums((worker.worker_id, worker.engine.busy_s) for worker in everybody),
         num_steps=_sums((worker.worker_id, worker.engine.num_steps) for worker in everybody),

@@ -18,10 +18,9 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Sequence as Items
 from operator import attrgetter
-from typing import Any
 
 from pdserve.cluster.planner.step_shape import StepShape, shape_of
-from pdserve.engine.block_pool import BlockState
+from pdserve.engine.block_pool import BlockPool, BlockState
 from pdserve.engine.plan import Committed, StepPlan
 from pdserve.engine.scheduler import Draft, Scheduler
 from pdserve.engine.sequence import Sequence
@@ -32,8 +31,24 @@ from pdserve.proto.types import HandoffId, TokenInfo
 class StandingScheduler(Scheduler):
     """Owner of the standing sequences. They are of one age: every step gives each of them one token."""
 
-    def __init__(self, *arguments: Any, **settings: Any) -> None:
-        super().__init__(*arguments, **settings)
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        block_size: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        prefix_caching: bool = True,
+    ) -> None:
+        super().__init__(
+            pool,
+            block_size=block_size,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=max_model_len,
+            prefix_caching=prefix_caching,
+        )
         self._num_steps = 0
         self._committed_s = 0.0
         self._since: dict[Sequence, int] = {}  # the number of steps when its tokens were last brought up to date

@@ -13,7 +13,9 @@ from typing import Protocol
 
 from pdserve.cluster.config import ClusterConfig
 from pdserve.cluster.planner.clock import Clock
+from pdserve.cluster.planner.counting_pool import CountingPool
 from pdserve.cluster.planner.profile import LinkCost, Profile
+from pdserve.cluster.planner.standing import StandingScheduler
 from pdserve.cluster.planner.steering import Action, Fail, Steering
 from pdserve.cluster.planner.step_model import Extrapolation, StepModel
 from pdserve.cluster.planner.step_shape import StepShape
@@ -40,9 +42,9 @@ class FleetListener(Listener, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class EngineChoice:
-    """How engines are simulated: which scheduler, and whether prompts that begin alike find each other's KV."""
+    """How engines are simulated: token by token, and whether prompts that begin alike find each other's KV."""
 
-    make_scheduler: Callable[..., Scheduler]
+    is_exact: bool
     are_prompts_shared: bool
     workers_per_host: int | None
 
@@ -135,13 +137,17 @@ class VirtualFleet:
         profile, engine = self._profile(name, role), self._config.engine_for(role)
         num_blocks = engine.num_blocks or max(1, profile.kv_capacity_tokens // engine.block_size)
         max_model_len = min(engine.max_model_len or profile.max_model_len, num_blocks * engine.block_size + 1)
-        scheduler = self._choice.make_scheduler(
-            BlockPool(num_blocks),
+        choice = self._choice
+        prefix_caching = engine.prefix_caching and choice.are_prompts_shared
+        make_scheduler = Scheduler if choice.is_exact else StandingScheduler
+        make_pool = BlockPool if choice.is_exact or prefix_caching else CountingPool
+        scheduler = make_scheduler(
+            make_pool(num_blocks),
             block_size=engine.block_size,
             max_num_seqs=engine.max_num_seqs,
             max_num_batched_tokens=engine.max_num_batched_tokens,
             max_model_len=max_model_len,
-            prefix_caching=engine.prefix_caching and self._choice.are_prompts_shared,
+            prefix_caching=prefix_caching,
         )
         # Two bytes an element: any number of bytes a token that is a multiple of 4.
         layout = KVLayout(profile.model, "float16", 1, 1, max(1, profile.kv_bytes_per_token // 4), engine.block_size)

@@ -217,6 +217,10 @@ class Replayed(Kind, TraceFile):
     def shares_prefixes(self) -> bool:
         return self.sample().has_prefixes
 
+    def course_requests(self) -> int:
+        sample = self.sample()
+        return sample.num_requests if self._order(sample) == "replay" else 0
+
     def course_s(self, rate: float) -> float:
         sample = self.sample()
         if self._order(sample) == "resample":

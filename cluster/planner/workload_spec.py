@@ -120,6 +120,14 @@ class WorkloadSpec(Section):
         """
         raise NotImplementedError
 
+    def course_requests(self) -> int:
+        """After how many requests a replayed course is over; 0 where any stretch will do.
+
+        Raises:
+            ConfigError: a trace cannot be used.
+        """
+        return 0
+
     def course_s(self, rate: float) -> float:
         """Seconds after which the traffic at `rate` has shown all it has; 0 where any stretch is like any other."""
         raise NotImplementedError
