@@ -32,7 +32,13 @@ Result = TypeVar("Result")
 Argument = TypeVar("Argument")
 
 SEED = 1
+START_ROOM = 0.7
+"""A guess from mean lengths is too high where lengths vary; a search that begins too high runs long queues."""
+
 PREFILL_NUM_SEQS = 64
+KNOWN = 2.0
+"""An interval with ends farther apart than this factor tells nothing."""
+
 LINK_OF_FABRIC = {"nvlink": "cuda_ipc", "infiniband": "nccl"}
 
 
@@ -102,7 +108,7 @@ def goodputs(
     jobs = []
     for setup, start in zip(setups, starts, strict=True):
         problem = Problem({name: profiles[name] for name in setup.profiles.values()}, workload, (target,))
-        hunt = Hunt(setup, start, SEED, effort.precision, effort.max_requests)
+        hunt = Hunt(setup, START_ROOM * start, SEED, effort.precision, effort.max_requests)
         jobs.append((hunt, problem))
     return each(_goodput, jobs)
 
@@ -119,9 +125,15 @@ def each(function: Callable[[Argument], Result], arguments: Iterable[Argument]) 
         return list(pool.map(function, arguments))
 
 
-def words_of(goodput: Goodput) -> str:
-    """With its interval."""
-    return f"{goodput.rate:.3g} ({goodput.low:.3g} to {goodput.high:.3g})"
+def is_known(goodput: Goodput) -> bool:
+    """Whether the interval says more than that there is one."""
+    return bool(goodput.failing) or goodput.high <= KNOWN * goodput.low
+
+
+def unknown(goodputs_by_name: Mapping[str, Goodput]) -> str:
+    """A remark on those whose interval is too wide to tell anything; empty if there are none."""
+    names = [name for name, goodput in goodputs_by_name.items() if not is_known(goodput)]
+    return f"; wide intervals: {', '.join(names)}" if names else ""
 
 
 def best(values: Mapping[str, float]) -> str:

@@ -12,10 +12,11 @@ are 500 and 30 ms for 8 billion parameters, as MLPerf's interactive class, and 2
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 
 from _cluster import Row, row
-from _published import SEED, Effort, best, fleet, goodputs, listed
+from _published import SEED, Effort, best, fleet, goodputs, listed, unknown
 
 from pdserve.cluster.planner.findings import Setup, Target
 from pdserve.cluster.planner.profile import Profile
@@ -89,7 +90,10 @@ def rates_of(
     setups: list[Setup], profile: Profile, workload: WorkloadSpec, target: Target, effort: Effort
 ) -> dict[str, float]:
     found = goodputs(setups, {profile.name: profile}, workload, target, effort)
-    return {setup.name: goodput.rate for setup, goodput in zip(setups, found, strict=True)}
+    by_name = dict(zip((setup.name for setup in setups), found, strict=True))
+    if remark := unknown(by_name):
+        print(f"{profile.name}{remark}", file=sys.stderr)
+    return {name: goodput.rate for name, goodput in by_name.items()}
 
 
 def prefill_busy(setup: Setup, profile: Profile, workload: WorkloadSpec, rate: float) -> float:

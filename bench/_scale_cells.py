@@ -50,7 +50,10 @@ class CellRun:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """Of the requests that were counted: how many, how many met the target, and the latencies of those that ended."""
+    """Of the requests that were counted: how many, how many met the target, and the latencies of those that ended.
+
+    `num_failed` is of all: those that a lost worker takes along came before.
+    """
 
     num_requests: int
     num_good: int
@@ -88,7 +91,8 @@ def run_cell(run: CellRun) -> Seen:
     first_s, last_s = SETTLED * run.seconds, run.seconds - LAST_S
     steering = Script((first_s, Fail(worker_id)) for worker_id in run.lost)
     outcome = simulate(config(run.size), dict.fromkeys(Role, profile), source, steering=steering)
-    return seen(record for record in outcome.records if first_s <= record.arrival.at_s < last_s)
+    counted = seen(record for record in outcome.records if first_s <= record.arrival.at_s < last_s)
+    return replace(counted, num_failed=sum(bool(record.failure) for record in outcome.records))
 
 
 def traffic(run: CellRun) -> dict[str, Any]:
@@ -101,17 +105,16 @@ def traffic(run: CellRun) -> dict[str, Any]:
 
 
 def seen(records: Iterable[Record]) -> Seen:
-    num_requests = num_good = num_failed = 0
+    num_requests = num_good = 0
     ttft_ms, tpot_ms = list[float](), list[float]()
     for record in records:
         timing = record.timing()
         num_requests += 1
-        num_failed += bool(record.failure)
         num_good += not record.failure and timing.meets(SLO_HELD)
         if not record.failure:
             ttft_ms.append(timing.ttft_ms() or 0.0)
             tpot_ms.append(timing.tpot_ms() or 0.0)
-    return Seen(num_requests, num_good, num_failed, np.array(ttft_ms), np.array(tpot_ms))
+    return Seen(num_requests, num_good, 0, np.array(ttft_ms), np.array(tpot_ms))
 
 
 def together(some: Sequence[Seen]) -> Seen:

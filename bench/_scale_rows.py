@@ -101,7 +101,7 @@ def loss_rows(trace: Path | None, seconds: float) -> Iterator[Row]:
     for some in cells:
         run, seen = some[0], together([next(found) for _ in some])
         who, num = run.lost[0].split("-")[0] if run.lost else "no", num_prefill(run.size)
-        note = f"{num} prefill and {run.size - num} decode workers; {seen.num_failed} failed of {seen.describe()}"
+        note = f"{num} prefill and {run.size - num} decode workers; {seen.num_failed} lost; then {seen.describe()}"
         yield row(f"cell{run.size}_attainment_{who}_loss", seen.attainment, "share", None, None, note)
     per_day = FAILURES / FAILURE_DAYS / FAILURE_GPUS * NUM_GPUS
     note = f"{FAILURES} in {FAILURE_DAYS} days on {FAILURE_GPUS:,} GPUs (Llama 3 training), for {NUM_GPUS:,} GPUs"

@@ -65,9 +65,9 @@ class Effort:
 EFFORTS = {
     effort.name: effort
     for effort in (
-        Effort("quick", 120_000, 0.08, 500, 3, 3, 5),
-        Effort("normal", 400_000, 0.04, 1_000, 5, 5, 10),
-        Effort("thorough", 2_000_000, 0.02, 2_000, 10, 15, 40),
+        Effort("quick", 120_000, 0.15, 500, 3, 3, 5),
+        Effort("normal", 400_000, 0.10, 1_000, 5, 5, 10),
+        Effort("thorough", 2_000_000, 0.04, 2_000, 10, 15, 40),
     )
 }
 
@@ -317,7 +317,8 @@ class _Search:
         )
 
     def _goodput(self, bracket: Bracket) -> Goodput:
-        """The finish's, unless it came to nothing for want of requests."""
+        """The finish's; if that came to nothing for want of requests, the rate that short runs say, as uncertain as the
+        finish found it."""
         found = self._found.get(key_of(bracket.setup))
         if found is None:
             return bracket.goodput()
@@ -325,8 +326,12 @@ class _Search:
         is_bounded = goodput.high <= USELESS * goodput.low
         if is_bounded or goodput.failing:
             return goodput
+        rough = bracket.goodput()
         return replace(
-            bracket.goodput(), reason=f"the budget was too small: {goodput.reason}; {bracket.goodput().reason}"
+            rough,
+            low=min(rough.low, goodput.low),
+            high=max(rough.high, goodput.high),
+            reason=f"the budget was too small: {goodput.reason}; {rough.reason}",
         )
 
     def _rank(self, bracket: Bracket, goodput: Goodput) -> tuple[bool, float]:
