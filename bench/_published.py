@@ -2,8 +2,8 @@
 
     public files --converted--> Profile by name --fleet--> Setup --hunts--> Goodput, by the planner's own simulator
 
-Public profiles name the fabric they are of (`nvlink`, `infiniband`); a worker's links have other names, so the fabric
-that a source used is given the name of the link that would run on it. Knows no published result.
+Public profiles have a link for each fabric, NVLink within a machine (`cuda_ipc`) and the network between machines
+(`nccl`); only the one that a source used is kept. Knows no published result.
 """
 
 from __future__ import annotations
@@ -39,8 +39,6 @@ PREFILL_NUM_SEQS = 64
 KNOWN = 2.0
 """An interval with ends farther apart than this factor tells nothing."""
 
-LINK_OF_FABRIC = {"nvlink": "cuda_ipc", "infiniband": "nccl"}
-
 
 @dataclass(frozen=True, slots=True)
 class Effort:
@@ -54,7 +52,7 @@ class Effort:
 EFFORTS = {"quick": Effort(2_000, 0.1, 40_000), "normal": Effort(12_000, 0.03, 120_000)}
 
 
-def load_profiles(folder: Path, names: Sequence[str], fabric: str) -> dict[str, Profile]:
+def load_profiles(folder: Path, names: Sequence[str], link: str) -> dict[str, Profile]:
     """The profiles of public files by name, with only the link that their source used."""
     found = {}
     for name in names:
@@ -62,8 +60,7 @@ def load_profiles(folder: Path, names: Sequence[str], fabric: str) -> dict[str, 
         text = (gzip.decompress(data) if name.endswith(".gz") else data).decode()
         for conversion in convert(text, name):
             profile = conversion.profile
-            links = {LINK_OF_FABRIC[fabric]: profile.links[fabric]}
-            found[profile.name] = profile.model_copy(update={"links": links})
+            found[profile.name] = profile.model_copy(update={"links": {link: profile.links[link]}})
     return found
 
 

@@ -51,8 +51,8 @@ def main() -> None:
 
 def rows(part: str, folder: Path, effort: Effort) -> list[Row]:
     if part == "splitwise":
-        return _published_splitwise.rows(load_profiles(folder, FILES[part], "infiniband"), effort)
-    profiles = load_profiles(folder, FILES[part], "nvlink")
+        return _published_splitwise.rows(load_profiles(folder, FILES[part], "nccl"), effort)
+    profiles = load_profiles(folder, FILES[part], "cuda_ipc")
     return (
         _published_distserve.rows(profiles, effort) if part == "distserve" else _published_short.rows(profiles, effort)
     )

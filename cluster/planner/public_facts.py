@@ -165,7 +165,8 @@ def assemble(
 ) -> Profile:
     """A profile of public costs and facts. The context limit is the model's, or what was run if that is longer."""
     gpu, degree = kind.gpu, kind.tensor_parallel_size
-    rates = {"nvlink": gpu.nvlink_bytes_per_s, "infiniband": gpu.network_bytes_per_s}
+    # The links of a worker that run on the fabric: NVLink within a machine, the network between machines.
+    rates = {"cuda_ipc": gpu.nvlink_bytes_per_s, "nccl": gpu.network_bytes_per_s}
     if power is None and gpu.power is not None:
         idle_w, prefill_w, decode_w = (watts * degree for watts in gpu.power)
         power = Power(idle_w=idle_w, prefill_w=prefill_w, decode_w=decode_w)

@@ -248,8 +248,8 @@ def test_the_limits_of_a_model_and_a_gpu_are_those_that_are_public() -> None:
 def test_every_gpu_of_a_worker_adds_its_link() -> None:
     (conversion,) = convert(splitwise_text(), "runs.csv")
     links = conversion.profile.links
-    assert links["nvlink"].bandwidth_bytes_per_s == 4 * 300e9
-    assert links["infiniband"].bandwidth_bytes_per_s == 4 * 25e9
+    assert links["cuda_ipc"].bandwidth_bytes_per_s == 4 * 300e9
+    assert links["nccl"].bandwidth_bytes_per_s == 4 * 25e9
 
 
 def with_cell(text: str, row: int, column: int, value: str) -> str:
