@@ -28,7 +28,7 @@ from pdserve.cluster.status_command import take
 from pdserve.cluster.step_feed import StepReader
 from pdserve.cluster.step_records import StepRecord
 from pdserve.proto import wire
-from pdserve.proto.errors import PdserveError, Unavailable
+from pdserve.proto.errors import InvalidRequest, Unavailable
 from pdserve.proto.types import Role, WorkerInfo
 
 NUM_WARM_UP = 3
@@ -120,7 +120,7 @@ class Session:
         """Beyond what a call costs; 0 for a model without a tokenizer."""
         try:
             took = [await self._tokenize(num_tokens) for num_tokens in TEXT_TOKENS]
-        except PdserveError:
+        except InvalidRequest:
             return 0.0
         (short, short_s), (long, long_s) = took
         return max(0.0, (long_s - short_s) / max(1, long - short))

@@ -1,6 +1,6 @@
 """Compile the simulator and the production code that it runs: `python tools/compile.py FOLDER`, or `make compile`.
 
-    the packages --copied--> FOLDER/pdserve --mypyc--> the modules below, twice as fast
+    the packages --copied--> FOLDER/pdserve --mypyc--> the modules below, up to twice as fast
 
 The result is used by whoever has FOLDER in front: `PYTHONPATH=FOLDER pdserve tune ...`. It is a copy of the moment: the
 repository's own modules stay as they are, so that no test and no edit ever meets a stale binary. Needs a C compiler.

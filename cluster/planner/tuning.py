@@ -85,29 +85,19 @@ def tune(request: Request, evaluate: Evaluate) -> Answer:
     findings = tuple(_finding(one, request) for one in found.ranked)
     nearest = [one.view.nearest if one.view is not None else () for one in found.ranked]
     decided = decide(findings, nearest, request.targets)
-    best = recommended(decided.verdict, decided.best_split, decided.best_colocated)
-    is_feasible = any(one.goodput.rate > 0 for one in findings)
-    chosen = best if is_feasible else None
     return Answer(
         question=_question(request, findings),
         findings=findings,
         verdict=decided.verdict,
         reasons=decided.reasons,
-        warnings=_warnings(request, found, findings, chosen),
+        warnings=_warnings(request, found, findings, decided.recommended),
         best_split=decided.best_split,
         best_colocated=decided.best_colocated,
         plateau=decided.plateau,
         num_requests=found.num_requests,
         took_s=0.0,
-        recommended=chosen,
+        recommended=decided.recommended,
     )
-
-
-def recommended(verdict: str, best_split: int | None, best_colocated: int | None) -> int | None:
-    """What the verdict says to run."""
-    if best_split is None or best_colocated is None:
-        return best_colocated if best_split is None else best_split
-    return best_split if verdict.startswith("Split") else best_colocated
 
 
 def _warnings(request: Request, found: Searched, findings: Sequence[Finding], chosen: int | None) -> tuple[str, ...]:

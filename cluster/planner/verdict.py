@@ -33,6 +33,7 @@ class Verdict:
     best_split: int | None
     best_colocated: int | None
     plateau: tuple[str, ...]
+    recommended: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,40 +66,42 @@ def decide(findings: Sequence[Finding], nearest: Sequence[tuple[Target, ...]], t
     split = next((index for index, one in enumerate(findings) if one.setup.is_split), None)
     colocated = next((index for index, one in enumerate(findings) if not one.setup.is_split), None)
     if not any(one.goodput.rate > 0 for one in findings):
-        return Verdict(_infeasible(findings, nearest, targets), _closest(findings, nearest), split, colocated, ())
+        return Verdict(_infeasible(findings, nearest, targets), _closest(findings, nearest), split, colocated, (), None)
     best = max((index for index in (split, colocated) if index is not None), key=lambda i: findings[i].goodput.rate)
-    verdict, reasons = _compared(findings, split, colocated)
+    verdict, reasons, recommended = _compared(findings, split, colocated)
     plateau = _plateau(findings, findings[best])
     reasons += _where_time_goes([findings[index] for index in (split, colocated) if index is not None])
     if len(plateau) > 1:
         reasons.append(f"the choice is not sharp: {', '.join(plateau)} cannot be told apart")
     reasons += _worst_split(findings)
-    return Verdict(verdict, tuple(reasons), split, colocated, plateau)
+    return Verdict(verdict, tuple(reasons), split, colocated, plateau, recommended)
 
 
-def _compared(findings: Sequence[Finding], split: int | None, colocated: int | None) -> tuple[str, list[str]]:
+def _compared(findings: Sequence[Finding], split: int | None, colocated: int | None) -> tuple[str, list[str], int]:
+    """The verdict, the reasons for it and which of the two to run."""
     if split is None or colocated is None:
         only = findings[0]
         kind = "splits were" if colocated is None else "colocated set-ups were"
-        return f"{_serves(only)}; no other than {kind} tried.", []
+        return f"{_serves(only)}; no other than {kind} tried.", [], 0
     one, other = findings[split], findings[colocated]
     if not other.goodput.rate:
         why = f"{other.setup.name}: {other.goodput.reason}"
-        return f"Split: {_serves(one)}; colocated workers cannot hold the targets at any rate.", [why]
+        return f"Split: {_serves(one)}; colocated workers cannot hold the targets at any rate.", [why], split
     if not one.goodput.rate:
         why = f"{one.setup.name}: {one.goodput.reason}"
-        return f"Do not split: {_serves(other)}; no split can hold the targets at any rate.", [why]
+        return f"Do not split: {_serves(other)}; no split can hold the targets at any rate.", [why], colocated
     times = ratio(one.goodput, other.goodput)
     reasons = [f"best split: {_serves(one)}", f"best colocated: {_serves(other)}"]
     if times.low > 1:
         sizes = f"{times.words} the goodput of the best colocated set-up, {other.setup.name}"
-        return f"Split: {one.setup.name} has {sizes}.", reasons
+        return f"Split: {one.setup.name} has {sizes}.", reasons, split
     if times.high < 1:
         inverse = Ratio(1 / times.value, 1 / times.high, 1 / times.low)
-        return f"Do not split: {other.setup.name} has {inverse.words} the goodput of the best split.", reasons
+        words = f"{other.setup.name} has {inverse.words} the goodput of the best split"
+        return f"Do not split: {words}.", reasons, colocated
     reasons.append("a split has to be better for certain, as it is more to run and to go wrong")
     why = f"{one.setup.name} is not surely better than {other.setup.name}; it has {times.words} its goodput"
-    return f"Do not split: {why}.", reasons
+    return f"Do not split: {why}.", reasons, colocated
 
 
 def _serves(finding: Finding) -> str:

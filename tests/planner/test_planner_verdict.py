@@ -37,12 +37,14 @@ def test_a_split_that_is_surely_better_is_recommended_with_by_how_much() -> None
     found = decided(finding("3P5D", 120), finding("8M", 100))
     assert found.verdict == "Split: 3P5D has 1.20 times (1.17 to 1.23) the goodput of the best colocated set-up, 8M."
     assert "best split: 3P5D serves 120 requests/s (118 to 122), 15 per GPU" in found.reasons
+    assert found.recommended == found.best_split == 0
 
 
 def test_a_split_that_is_only_probably_better_is_not() -> None:
     found = decided(finding("3P5D", 103, 0.04), finding("8M", 100, 0.04))
     assert found.verdict.startswith("Do not split: 3P5D is not surely better than 8M; it has 1.03 times")
     assert found.plateau == ("3P5D", "8M")
+    assert found.recommended == found.best_colocated == 1
 
 
 def test_colocated_that_is_better_wins() -> None:
@@ -56,6 +58,7 @@ def test_where_one_kind_cannot_hold_the_targets_the_other_wins() -> None:
     found = decided(finding("3P5D", 100), finding("8M", 0, failing="TPOT"))
     assert found.verdict.startswith("Split:")
     assert "colocated workers cannot hold the targets at any rate" in found.verdict
+    assert found.recommended == 0
     found = decided(finding("8M", 100), finding("3P5D", 0, failing="TTFT"))
     assert found.verdict.startswith("Do not split:")
 
