@@ -202,7 +202,7 @@ def planner_rows() -> Iterator[Row]:
     """The set-ups that a search has to choose from, before anything is simulated."""
     profile = large_model_profile()
     fleets = fleets_of([profile], {})
-    targets = (Target("all", 1000.0, 40.0, 0.9, 1.0),)
+    targets = (Target("all", 1000.0, 40.0, 0.9),)
     for num_gpus in (8, 64, 256):
         request = Request(
             fleets, Limit(num_gpus, None, None), Choices(), targets, "azure-conv", 1155.0, 211.0, EFFORTS["normal"], 0

@@ -28,6 +28,7 @@ from pdserve.cluster.profiling_clusters import MeasuredPair, MeasuredSteps, Say
 from pdserve.cluster.profiling_links import fit_handoffs
 from pdserve.cluster.profiling_profile import Finding, Identity, Surroundings
 from pdserve.cluster.profiling_run import LoneCost, watch_steps
+from pdserve.cluster.session_groups import warn_of_starved_clients
 from pdserve.proto.errors import ConfigError, StartupError
 from pdserve.proto.types import KVLayout, Role
 
@@ -71,6 +72,7 @@ def profile(
         raise ConfigError("--base: has a meaning with --from-cluster only; everything is measured here")
     settings = load_config(config, override or [])
     launch.check_model_dir(Path(settings.model))
+    warn_of_starved_clients()
     with Console(stderr=True).status("starting") as spinner:
         found = _measured(settings, _Asked(name, hardware, budget_s, flip_s, seed), spinner.update)
     _write(found, output)
@@ -89,25 +91,25 @@ def _measured(settings: ClusterConfig, asked: _Asked, say: Say) -> Finding:
     steps = profiling_clusters.measure_steps(settings, asked.budget_s, asked.seed, say)
     pairs, missing = _measure_links(settings, steps, asked, say)
     costs = {kind: fit_handoffs(pair.handoffs) for kind, pair in pairs.items()}
-    split = next(iter(pairs.values())).lone if pairs and settings.replicas(Role.PREFILL) else None
     overheads = Overheads(
         tokenize_s_per_token=steps.tokenize_s_per_token,
-        request_s=steps.lone.request_s if split is None else split.request_s,
-        token_s=steps.lone.busy_token_s if split is None else split.token_s,  # a prefill worker often has nothing next
+        request_s=steps.lone.request_s,
+        token_s=steps.steps.token_s(steps.lone),
     )
     around = finding.surroundings_of(costs, overheads, steps.startup_s, asked.flip_s)
+    timings = (*steps.steps.timings, *(timing for pair in pairs.values() for timing in pair.steps.timings))
     used = [role for role in Role if settings.replicas(role)]
     num_gpus = max(settings.pool(role).num_gpus for role in used)
     where = asked.hardware or f"{processor()}, {_cores(settings)} a worker"
     identity = _identity(asked.name, Path(settings.model).name, where, steps.layout, num_gpus, steps)
     origin = (
-        f"pdserve profile: {len(steps.timings)} steps of {sum(map(settings.replicas, used))} mixed workers in "
-        f"{steps.num_rounds} whole rounds, {asked.budget_s:g} s; links from hand-offs of a pair. "
+        f"pdserve profile: {len(timings)} steps of {sum(map(settings.replicas, used))} mixed workers and of a pair, "
+        f"{steps.steps.num_rounds} whole rounds in {asked.budget_s:g} s; links from hand-offs of pairs. "
         + "; ".join(_lone_words(kind, lone) for kind, lone in _lones(steps, pairs).items())
         + f". Assumed, not measured: a role change in {asked.flip_s:g} s."
     )
-    found = finding.profile_of(identity, steps.timings, around, origin)
-    if not steps.num_rounds:
+    found = finding.profile_of(identity, timings, around, origin)
+    if not steps.steps.num_rounds:
         missing.append("the budget ended before one round over the grid; raise --budget-s")
     return Finding(found.profile, found.fit, found.notes, (*found.warnings, *missing))
 
@@ -117,8 +119,7 @@ def _lones(steps: MeasuredSteps, pairs: dict[str, MeasuredPair]) -> dict[str, Lo
 
 
 def _lone_words(where: str, lone: LoneCost) -> str:
-    request_ms, idle_ms, busy_ms = (value * 1e3 for value in (lone.request_s, lone.token_s, lone.busy_token_s))
-    return f"{where}: request {request_ms:.1f} ms, token {idle_ms:.1f} ms, {busy_ms:.1f} ms while the engine goes on"
+    return f"{where}, a lone request: {lone.request_s * 1e3:.1f} ms to its step, {lone.token_s * 1e3:.1f} ms from it"
 
 
 def _measure_links(
@@ -128,10 +129,10 @@ def _measure_links(
     pairs: dict[str, MeasuredPair] = {}
     missing: list[str] = []
     kinds = settings.kv_transfer.links
-    budget_s = (1.0 - profiling_clusters.STEPS_SHARE) * asked.budget_s / len(kinds)
     for kind in kinds:
+        budgets = profiling_clusters.pair_budgets(asked.budget_s, len(kinds), is_first=not pairs)
         try:
-            pairs[kind] = profiling_clusters.measure_pair(settings, kind, steps.limits, budget_s, asked.seed, say)
+            pairs[kind] = profiling_clusters.measure_pair(settings, kind, steps.limits, budgets, asked.seed, say)
         except StartupError as error:
             missing.append(f"{kind} links are not in the profile: {error.message}")
     return pairs, missing

@@ -1,7 +1,8 @@
 """The clusters that a profile is measured on: made from the user's configuration, started, measured, taken down.
 
 As many mixed workers as the configuration has workers, with its cores for each, take every kind of step; then one
-prefill and one decode worker for each kind of link hand over. So workers share their machine as they will in earnest.
+prefill and one decode worker for each kind of link hand over, and over the first kind take their own kinds of step
+beside each other. So workers share their machine as they will in earnest.
 Knows nothing of what a profile is made of.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,14 +21,14 @@ from pdserve.cluster.config import ClusterConfig
 from pdserve.cluster.placement import plan_workers
 from pdserve.cluster.profiling_links import Handoff
 from pdserve.cluster.profiling_plan import WorkerLimits, plan_bursts
-from pdserve.cluster.profiling_run import LoneCost, session
-from pdserve.cluster.profiling_samples import Timing
+from pdserve.cluster.profiling_run import BurstLog, LoneCost, session
 from pdserve.cluster.state import ClusterState
+from pdserve.engine.config import EngineConfig
 from pdserve.proto.errors import StartupError, Unavailable
 from pdserve.proto.types import KVLayout, Role
 
-STEPS_SHARE = 0.7
-"""Of the budget; the rest is for hand-offs and lone requests."""
+LONE_SHARE, MIXED_SHARE, SPLIT_SHARE = 0.1, 0.45, 0.2
+"""Of the budget: lone requests, and steps of both kinds of set-up; the rest is for hand-offs."""
 
 Say = Callable[[str], None]
 
@@ -36,8 +37,7 @@ Say = Callable[[str], None]
 class MeasuredSteps:
     """One cluster of mixed workers."""
 
-    timings: tuple[Timing, ...]
-    num_rounds: int
+    steps: BurstLog
     lone: LoneCost
     tokenize_s_per_token: float
     startup_s: float
@@ -46,9 +46,24 @@ class MeasuredSteps:
 
 
 @dataclass(frozen=True, slots=True)
-class MeasuredPair:
-    """A prefill and a decode worker over one kind of link."""
+class PairBudgets:
+    """Seconds to measure one pair for."""
 
+    handoffs_s: float
+    steps_s: float
+
+
+def pair_budgets(budget_s: float, num_kinds: int, is_first: bool) -> PairBudgets:
+    """Of one pair; the first also takes steps."""
+    handoffs_s = (1.0 - LONE_SHARE - MIXED_SHARE - SPLIT_SHARE) * budget_s / num_kinds
+    return PairBudgets(handoffs_s, SPLIT_SHARE * budget_s if is_first else 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredPair:
+    """A prefill and a decode worker over one kind of link; without time for them no steps."""
+
+    steps: BurstLog
     handoffs: tuple[Handoff, ...]
     lone: LoneCost
 
@@ -67,16 +82,25 @@ def pair_config(config: ClusterConfig, kind: str) -> ClusterConfig:
 
 
 def _with_pools(config: ClusterConfig, what: str, replicas: Mapping[Role, int]) -> ClusterConfig:
-    pools = [config.pool(role) for role in Role if config.replicas(role)]
+    used = [role for role in Role if config.replicas(role)]
+    pools = [config.pool(role) for role in used]
     cores = max((pool.cores or 0 for pool in pools), default=0) or None
     num_gpus = max((pool.num_gpus for pool in pools), default=0.0)
     changes: dict[str, Any] = {
         str(role): config.pool(role).model_copy(
-            update={"replicas": replicas.get(role, 0), "cores": cores, "num_gpus": num_gpus}
+            update={"replicas": replicas.get(role, 0), "cores": cores, "num_gpus": num_gpus, "engine": {}}
         )
         for role in Role
     }
+    changes["engine"] = _largest_engine(config, used)
     return config.model_copy(update={**changes, "name": f"{config.name[:20]}-{what}-{os.getpid()}"})
+
+
+def _largest_engine(config: ClusterConfig, used: Sequence[Role]) -> EngineConfig:
+    """Steps of every size that any role is configured to take, by one kind of worker."""
+    engines = [config.engine_for(role) for role in used] or [config.engine]
+    sizes = ("max_num_seqs", "max_num_batched_tokens")
+    return engines[0].model_copy(update={size: max(getattr(engine, size) for engine in engines) for size in sizes})
 
 
 def cores_per_worker(config: ClusterConfig) -> int:
@@ -103,9 +127,10 @@ def measure_steps(config: ClusterConfig, budget_s: float, seed: int, say: Say) -
         stamps[what] = time.monotonic()
         say(what)
 
-    with running(mixed_config(config), progress) as cluster:
+    mixed = mixed_config(config)
+    with running(mixed, progress) as cluster:
         startup_s = stamps.get("starting router", 0.0) - stamps.get("starting workers", 0.0)
-        return asyncio.run(_measure_steps(cluster, config, budget_s, seed, max(0.0, startup_s), say))
+        return asyncio.run(_measure_steps(cluster, mixed, budget_s, seed, max(0.0, startup_s), say))
 
 
 async def _measure_steps(
@@ -115,16 +140,16 @@ async def _measure_steps(
         info, engine = measured.infos[0], config.engine
         capacity_tokens = info.num_blocks * info.layout.block_size
         limits = WorkerLimits(engine.max_num_seqs, engine.max_num_batched_tokens, info.max_model_len, capacity_tokens)
-        lone = await measured.lone_requests(0.1 * budget_s)
+        lone = await measured.lone_requests(LONE_SHARE * budget_s)
         tokenize_s = await measured.tokenize_s_per_token()
-        timings, num_rounds = await measured.step_timings(
-            plan_bursts(limits), STEPS_SHARE * budget_s, lambda share: say(f"measuring steps, {min(share, 1.0):.0%}")
+        steps = await measured.step_timings(
+            plan_bursts(limits), MIXED_SHARE * budget_s, lambda share: say(f"measuring steps, {min(share, 1.0):.0%}")
         )
-        return MeasuredSteps(tuple(timings), num_rounds, lone, tokenize_s, startup_s, info.layout, limits)
+        return MeasuredSteps(steps, lone, tokenize_s, startup_s, info.layout, limits)
 
 
 def measure_pair(
-    config: ClusterConfig, kind: str, limits: WorkerLimits, budget_s: float, seed: int, say: Say
+    config: ClusterConfig, kind: str, limits: WorkerLimits, budgets: PairBudgets, seed: int, say: Say
 ) -> MeasuredPair:
     """
     Raises:
@@ -133,18 +158,22 @@ def measure_pair(
     """
     with running(pair_config(config, kind), say) as cluster:
         say(f"measuring {kind} links")
-        return asyncio.run(_measure_pair(cluster, kind, limits, budget_s, seed))
+        return asyncio.run(_measure_pair(cluster, kind, limits, budgets, seed))
 
 
 async def _measure_pair(
-    cluster: ClusterState, kind: str, limits: WorkerLimits, budget_s: float, seed: int
+    cluster: ClusterState, kind: str, limits: WorkerLimits, budgets: PairBudgets, seed: int
 ) -> MeasuredPair:
     async with session(cluster, seed) as measured:
-        lone = await measured.lone_requests(0.3 * budget_s)
-        handoffs = await measured.handoffs(handoff_sizes(limits, measured.infos[0].layout.block_size), 0.7 * budget_s)
+        lone = await measured.lone_requests(0.3 * budgets.handoffs_s)
+        sizes = handoff_sizes(limits, measured.infos[0].layout.block_size)
+        handoffs = await measured.handoffs(sizes, 0.7 * budgets.handoffs_s)
         if not handoffs:
             raise Unavailable(f"no hand-off over {kind} was seen in the workers' records")
-        return MeasuredPair(tuple(handoffs), lone)
+        steps = BurstLog((), 0, ())
+        if budgets.steps_s > 0:
+            steps = await measured.step_timings(plan_bursts(limits), budgets.steps_s)
+        return MeasuredPair(steps, tuple(handoffs), lone)
 
 
 def handoff_sizes(limits: WorkerLimits, block_size: int) -> tuple[int, ...]:

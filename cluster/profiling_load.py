@@ -23,9 +23,16 @@ class Seen:
     token_times_s: tuple[float, ...]
     timings: Timings | None
 
+    def around_s(self) -> float | None:
+        """What its first token took beyond waiting for steps and the steps themselves; `None` if not known."""
+        if self.timings is None or not self.token_times_s:
+            return None
+        in_worker_ms = self.timings.prefill_queue_ms + self.timings.prefill_ms
+        return self.token_times_s[0] - self.sent_s - in_worker_ms / 1e3
+
 
 class Driver:
-    """Sends random prompts; equal seeds send equal ones. `num_workers` get a burst each, all at once."""
+    """Sends random prompts; equal seeds send equal ones. `num_workers` decode; each gets a burst, all at once."""
 
     def __init__(self, client: AsyncClient, vocab_size: int, max_model_len: int, num_workers: int, seed: int) -> None:
         self._client = client
@@ -38,8 +45,8 @@ class Driver:
         """One answer."""
         return await self._ask(self.prompt(num_prompt_tokens), num_tokens)
 
-    async def burst(self, burst: Burst) -> None:
-        """Everything of a burst, for every worker at once."""
+    async def burst(self, burst: Burst) -> list[Seen]:
+        """Everything of a burst, for every worker at once; the prompts that were sent beside streams, one at a time."""
         num_streams = burst.num_streams * self._num_workers
         prompts = [self.prompt(burst.context_tokens) for _ in range(num_streams)]
         steps = burst.num_steps or min(LONGEST_ANSWER, self._max_model_len - burst.context_tokens)
@@ -50,17 +57,17 @@ class Driver:
         try:
             if burst.prompts:
                 await asyncio.gather(*(event.wait() for event in begun))
-                await asyncio.gather(*(self._in_turn(burst.prompts) for _ in range(self._num_workers)))
-            else:
-                await asyncio.gather(*streams)
+                rounds = await asyncio.gather(*(self._in_turn(burst.prompts) for _ in range(self._num_workers)))
+                return [seen for one in rounds for seen in one] if streams else []
+            await asyncio.gather(*streams)
+            return []
         finally:
             for task in streams:
                 task.cancel()
             await asyncio.gather(*streams, return_exceptions=True)
 
-    async def _in_turn(self, prompts: Sequence[int]) -> None:
-        for num_tokens in prompts:
-            await self.ask(num_tokens, 1)
+    async def _in_turn(self, prompts: Sequence[int]) -> list[Seen]:
+        return [await self.ask(num_tokens, 1) for num_tokens in prompts]
 
     async def _ask(self, prompt: list[int], num_tokens: int, begun: asyncio.Event | None = None) -> Seen:
         sent_s = time.monotonic()

@@ -18,6 +18,7 @@ KV_SHARE = 0.8
 
 MIN_MODEL_LEN = 64
 SHORT_TOKENS = 8
+BETWEEN_TOKENS = (64, 256, 1024, 4096, 16_384)
 REPEATS = 4
 MAX_CROWD = 32
 
@@ -46,7 +47,7 @@ class Burst:
 
 
 def plan_bursts(limits: WorkerLimits) -> tuple[Burst, ...]:
-    """One round over the grid, the corners first: what is cut off at the end of the budget is in between.
+    """One round over the grid, the cheapest first: what is cut off at the end of the budget are the longest contexts.
 
     Raises:
         ConfigError: the worker has no room for a grid.
@@ -57,7 +58,12 @@ def plan_bursts(limits: WorkerLimits) -> tuple[Burst, ...]:
             f"small to profile; give at least {MIN_MODEL_LEN} and {2 * MIN_MODEL_LEN}"
         )
     bursts = [*_prefill_bursts(limits), *_decode_bursts(limits), *_mixed_bursts(limits)]
-    return tuple(sorted(bursts, key=lambda burst: not _is_corner(burst, limits)))
+    return tuple(sorted(bursts, key=_num_tokens))
+
+
+def _num_tokens(burst: Burst) -> int:
+    """That prompts have: what takes the time."""
+    return burst.num_streams * burst.context_tokens + sum(burst.prompts)
 
 
 def doublings(largest: int, smallest: int = 1) -> tuple[int, ...]:
@@ -93,11 +99,11 @@ def _num_steps(limits: WorkerLimits, batch: int, context_tokens: int) -> int:
 
 
 def _contexts(limits: WorkerLimits, batch: int) -> tuple[int, ...]:
-    """Short, middle and long prompts that a batch of so many can have, with room for its steps."""
+    """From short to the longest prompts that a batch of so many can have, with room for its steps."""
     room = min(limits.max_model_len, int(limits.kv_capacity_tokens * KV_SHARE) // batch)
     longest = max(1, int((room - NUM_DECODE_STEPS - 1) / (1 + batch / limits.chunk_tokens)))
-    short = min(SHORT_TOKENS, longest)
-    return tuple(sorted({short, max(short, longest // 3), longest}))
+    between = (tokens for tokens in BETWEEN_TOKENS if SHORT_TOKENS < tokens < longest)
+    return tuple(sorted({min(SHORT_TOKENS, longest), *between, longest}))
 
 
 def _decode_bursts(limits: WorkerLimits) -> Iterator[Burst]:
@@ -115,14 +121,5 @@ def _mixed_bursts(limits: WorkerLimits) -> Iterator[Burst]:
     for batch in doublings(limits.max_num_seqs)[1::2]:
         if batch == limits.max_num_seqs:
             continue  # no room for a prompt beside them
-        for context_tokens in _contexts(limits, batch + 1)[:2]:
+        for context_tokens in _contexts(limits, batch + 1)[1:3]:
             yield Burst(batch, context_tokens, prompts=tuple(chunks))
-
-
-def _is_corner(burst: Burst, limits: WorkerLimits) -> bool:
-    if burst.num_streams and burst.prompts:
-        return burst.num_streams <= 2 or 2 * burst.num_streams >= limits.max_num_seqs // 2
-    if burst.num_streams:
-        ends = _contexts(limits, burst.num_streams)
-        return burst.num_streams in (1, limits.max_num_seqs) and burst.context_tokens in (ends[0], ends[-1])
-    return max(burst.prompts) in (8, min(limits.chunk_tokens, _longest_prompt(limits)), _longest_prompt(limits))

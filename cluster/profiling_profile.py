@@ -95,6 +95,7 @@ def profile_of(identity: Identity, timings: Sequence[Timing], around: Surroundin
         domain=fit.domain,
         links=dict(around.links),
         overheads=around.overheads,
+        contention=fit.contention,
         startup_s=around.startup_s,
         flip_s=around.flip_s,
     )

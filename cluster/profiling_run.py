@@ -34,7 +34,6 @@ from pdserve.proto.types import Role, WorkerInfo
 NUM_WARM_UP = 3
 NUM_LONE = 24
 LONE_TOKENS = 16
-LONE_ANSWER_TOKENS = 6
 NUM_HANDOFFS = 12
 TEXT_TOKENS = (64, 1024)
 NUM_TEXTS = 8
@@ -45,12 +44,33 @@ WATCH_S = 1.0
 class LoneCost:
     """Lower quartiles over requests that had the cluster to themselves: what disturbs one only adds to it.
 
-    `busy_token_s` is of a first token after which the worker goes on to the next: its delivery shares the core with it.
+    From the client's call to the first step, and from a step's end to the client.
     """
 
     request_s: float
     token_s: float
-    busy_token_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class BurstLog:
+    """What the workers recorded under bursts of load, in how many whole rounds of them.
+
+    `around_s` has, for each prompt sent beside streams, what its first token took beyond queue and prefill: client,
+    router and the worker's event loop share cores and interpreter with engines at work.
+    """
+
+    timings: tuple[Timing, ...]
+    num_rounds: int
+    around_s: tuple[float, ...]
+
+    def token_s(self, lone: LoneCost) -> float:
+        """From a step's end to the client while workers are at work: never less than for a lone request.
+
+        The lower quartile: half of the bursts have more streams than most traffic.
+        """
+        if not self.around_s:
+            return lone.token_s
+        return max(lone.token_s, _undisturbed_s(self.around_s) - lone.request_s)
 
 
 class Session:
@@ -64,22 +84,25 @@ class Session:
 
     async def step_timings(
         self, bursts: Sequence[Burst], budget_s: float, on_burst: Callable[[float], None] = lambda share: None
-    ) -> tuple[list[Timing], int]:
-        """Rounds of bursts until the budget is over, and how many were whole; `on_burst` hears how much of it is."""
+    ) -> BurstLog:
+        """Rounds of bursts until the budget is over; `on_burst` hears how much of it is."""
         records: list[list[StepRecord]] = [[] for _ in self.infos]
+        around_s: list[float] = []
         started_s, num_rounds = time.monotonic(), 0
         await self._reader.read()  # what came before is not of these bursts
         try:
             async with asyncio.timeout(budget_s):
                 while True:
                     for burst in bursts:
-                        await self._driver.burst(burst)
+                        prompts = await self._driver.burst(burst)
+                        around_s += [known for seen in prompts if (known := seen.around_s()) is not None]
                         await self._collect(records)
                         on_burst((time.monotonic() - started_s) / budget_s)
                     num_rounds += 1
         except TimeoutError:
             await self._collect(records)
-        return [timing for one in records for timing in timings_of(one)], num_rounds
+        timings = tuple(timing for of_worker in timings_of(records) for timing in of_worker)
+        return BurstLog(timings, num_rounds, tuple(around_s))
 
     async def _collect(self, records: list[list[StepRecord]]) -> None:
         for kept, new in zip(records, await self._reader.read(), strict=True):
@@ -88,20 +111,18 @@ class Session:
     async def lone_requests(self, budget_s: float) -> LoneCost:
         """Raises Unavailable when there was no time for any."""
         before_s: list[float] = []
-        after_s: dict[int, list[float]] = {1: [], LONE_ANSWER_TOKENS: []}
+        after_s: list[float] = []
         deadline_s = time.monotonic() + budget_s
         for number in range(NUM_WARM_UP + NUM_LONE):
-            for num_tokens, after in after_s.items():
-                seen, steps = await self._lone(LONE_TOKENS, num_tokens)
-                if number >= NUM_WARM_UP and steps:
-                    before_s.append(steps[0].started_s - seen.sent_s)
-                    after.append(seen.token_times_s[0] - steps[0].ended_s)
-            if time.monotonic() > deadline_s and all(after_s.values()):
+            seen, steps = await self._lone(LONE_TOKENS)
+            if number >= NUM_WARM_UP and steps:
+                before_s.append(steps[0].started_s - seen.sent_s)
+                after_s.append(seen.token_times_s[0] - steps[0].ended_s)
+            if time.monotonic() > deadline_s and after_s:
                 break
-        if not all(after_s.values()):
+        if not after_s:
             raise Unavailable("no step was recorded for any lone request; does something else use this cluster?")
-        idle_s, busy_s = (_undisturbed_s(after) for after in after_s.values())
-        return LoneCost(_undisturbed_s(before_s), idle_s, busy_s)
+        return LoneCost(_undisturbed_s(before_s), _undisturbed_s(after_s))
 
     async def handoffs(self, sizes: Sequence[int], budget_s: float) -> list[Handoff]:
         """Prompts of these lengths, each computed in one step, in turns."""
@@ -148,9 +169,9 @@ class Session:
         num_bytes = layout.num_blocks(num_tokens) * layout.block_bytes
         return Handoff(num_bytes, decodes[0].started_s - prefills[0].ended_s, seen.timings.transfer_ms / 1e3)
 
-    async def _lone(self, num_prompt_tokens: int, num_tokens: int) -> tuple[Seen, list[StepRecord]]:
+    async def _lone(self, num_prompt_tokens: int) -> tuple[Seen, list[StepRecord]]:
         await self._reader.read()
-        seen = await self._driver.ask(num_prompt_tokens, num_tokens)
+        seen = await self._driver.ask(num_prompt_tokens, 1)
         steps = [step for one in await self._reader.read() for step in one if step.started_s >= seen.sent_s]
         return seen, sorted(steps, key=lambda step: step.started_s)
 
@@ -175,7 +196,7 @@ async def watch_steps(cluster: ClusterState, budget_s: float) -> tuple[tuple[Wor
                 kept.extend(new)
             left_s = deadline_s - time.monotonic()
             if left_s <= 0:
-                return infos, [timing for one in records for timing in timings_of(one)]
+                return infos, [timing for of_worker in timings_of(records) for timing in of_worker]
             await asyncio.sleep(min(WATCH_S, left_s))
     finally:
         await reader.close()
@@ -201,8 +222,8 @@ async def session(cluster: ClusterState, seed: int) -> AsyncIterator[Session]:
     try:
         async with AsyncClient(cluster.endpoint) as client:
             model = await client.model_info()
-            yield Session(
-                infos, reader, client, Driver(client, model.vocab_size, model.max_model_len, len(infos), seed)
-            )
+            num_decoding = sum(info.role is not Role.PREFILL for info in infos)
+            driver = Driver(client, model.vocab_size, model.max_model_len, num_decoding, seed)
+            yield Session(infos, reader, client, driver)
     finally:
         await reader.close()

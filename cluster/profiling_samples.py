@@ -23,10 +23,10 @@ from pdserve.cluster.planner.step_model import StepModel
 from pdserve.cluster.planner.step_shape import StepShape
 from pdserve.cluster.step_records import StepRecord
 
-HELD_UP = 1.5
+HELD_UP = 3.0
 """Times the lower quartile of like steps beyond which something else was at work: another process, a page fault."""
 
-WAITED = 0.1
+WAITED = 0.3
 """Share of a step that its thread was without a core, beyond the lower quartile of that share, which is the hardware's
 own: waiting for a GPU counts as well."""
 
@@ -34,14 +34,21 @@ CELL = 0.1
 """Relative width within which shapes count as equal."""
 
 
+BUSY_CELL = 0.25
+
+
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """One step with its bare duration and, where it followed another at once, its period."""
+    """One step with its bare duration and, where it followed another at once, its period.
+
+    `busy` is the share of that time in which the machine's other workers computed, on average over them.
+    """
 
     shape: StepShape
     duration_s: float
     cpu_s: float
     period_s: float | None
+    busy: float = 0.0
 
     @property
     def waited(self) -> float:
@@ -62,13 +69,45 @@ class Gap:
     num_samples: int
 
 
-def timings_of(records: Sequence[StepRecord]) -> Iterator[Timing]:
-    """Of one worker's records in order of time. A gap in the numbers is a step that was lost."""
+class Activity:
+    """When one worker computed."""
+
+    def __init__(self, records: Sequence[StepRecord]) -> None:
+        self._starts_s = np.array([record.started_s for record in records])
+        self._lasts_s = np.array([record.duration_s for record in records])
+        self._before_s = np.concatenate([[0.0], np.cumsum(self._lasts_s)])
+
+    def share(self, from_s: float, to_s: float) -> float:
+        """Of the time between the two."""
+        return (self._until_s(to_s) - self._until_s(from_s)) / (to_s - from_s) if to_s > from_s else 0.0
+
+    def _until_s(self, at_s: float) -> float:
+        last = int(np.searchsorted(self._starts_s, at_s, side="right")) - 1
+        if last < 0:
+            return 0.0
+        return float(self._before_s[last] + min(at_s - self._starts_s[last], self._lasts_s[last]))
+
+
+def timings_of(workers: Sequence[Sequence[StepRecord]]) -> list[list[Timing]]:
+    """Of the workers of one machine, each one's records in order of time."""
+    activities = [Activity(records) for records in workers]
+    return [
+        list(_timings(records, [*activities[:number], *activities[number + 1 :]]))
+        for number, records in enumerate(workers)
+    ]
+
+
+def _timings(records: Sequence[StepRecord], others: Sequence[Activity]) -> Iterator[Timing]:
+    """A gap in the numbers is a step that was lost; a pause longer than the step was spent waiting for work."""
     before: StepRecord | None = None
     for record in records:
-        follows = before is not None and before.leaves_work and record.number == before.number + 1
-        period_s = record.ended_s - before.ended_s if follows and before is not None else None
-        yield Timing(record.shape, record.duration_s, record.cpu_s, period_s)
+        period_s = None
+        if before is not None and before.leaves_work and record.number == before.number + 1:
+            pause_s = record.started_s - before.ended_s
+            period_s = pause_s + record.duration_s if pause_s <= record.duration_s else None
+        from_s = record.started_s if period_s is None else record.ended_s - period_s
+        busy = math.fsum(other.share(from_s, record.ended_s) for other in others) / max(1, len(others))
+        yield Timing(record.shape, record.duration_s, record.cpu_s, period_s, busy)
         before = record
 
 
@@ -77,7 +116,7 @@ def samples_of(timings: Iterable[Timing], with_disturbed: bool = False) -> tuple
     known = list(timings)
     cells: dict[tuple[int, ...], list[Timing]] = defaultdict(list)
     for timing in known if with_disturbed else undisturbed(known):
-        cells[_cell(timing.shape)].append(timing)
+        cells[(*_cell(timing.shape), round(timing.busy / BUSY_CELL))].append(timing)
     held_up = math.inf if with_disturbed else HELD_UP
     return tuple(_merged(cells[cell], held_up) for cell in sorted(cells))
 
@@ -108,7 +147,8 @@ def gap_of(timings: Iterable[Timing]) -> Gap | None:
 def bias_of(model: StepModel, samples: Sequence[StepSample]) -> float:
     """How far the sum of all predictions is off the sum of all times, as a share: what does not even out."""
     measured_s = math.fsum(sample.duration_s for sample in samples)
-    return math.fsum(model.duration_s(sample.shape) for sample in samples) / measured_s - 1.0 if measured_s else 0.0
+    told_s = math.fsum(model.contended_s(sample.shape, sample.busy) for sample in samples)
+    return told_s / measured_s - 1.0 if measured_s else 0.0
 
 
 def _cell(shape: StepShape) -> tuple[int, ...]:
@@ -125,4 +165,5 @@ def _merged(timings: Sequence[Timing], held_up: float) -> StepSample:
     kept = [one for one in timings if one.cost_s <= held_up * usual_s]
     tokens, pairs, batch, context_tokens = np.mean([one.shape for one in kept], axis=0)
     shape = StepShape(round(tokens), float(pairs), round(batch), round(context_tokens))
-    return StepSample(shape, float(np.mean([one.cost_s for one in kept])))
+    costs_s, busy = (float(np.mean(values)) for values in zip(*((one.cost_s, one.busy) for one in kept), strict=True))
+    return StepSample(shape, costs_s, busy, len(kept))

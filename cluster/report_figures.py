@@ -7,14 +7,15 @@ set-ups are drawn in `report_latency`. Needs matplotlib; opens no display.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from pdserve.cluster.planner.findings import Answer, Finding
+from pdserve.cluster.planner.findings import Answer, Finding, Target
 from pdserve.cluster.planner.goodput import Goodput
-from pdserve.cluster.report_series import Series, best_ones, falling, joint_share, labels, of_interest, splits
+from pdserve.cluster.report_series import Series, best_ones, common_share, falling, labels, of_interest, splits
 from pdserve.cluster.report_svg import (
     DASHES,
     MARKERS,
@@ -43,14 +44,16 @@ def attainment_plot(answer: Answer) -> Plot | None:
     shown = [series for series in of_interest(answer) if series.finding.goodput.probes]
     if not shown:
         return None
-    share = joint_share(answer.question.targets)
+    targets = answer.question.targets
+    share = common_share(targets)
     with drawing():
         figure = new_figure(3.9)
         axes = figure.subplots()
         _limit_rates(axes, shown)
         for series in reversed(shown):
-            _draw_curve(axes, series, share)
-        mark_target(axes, share)
+            _draw_curve(axes, series, min(target.share for target in targets))
+        if share is not None:
+            mark_target(axes, share)
         share_axis(axes)
         axes.set_xlabel("arrival rate, requests/s")
         axes.set_ylabel("requests that meet both targets")
@@ -60,9 +63,20 @@ def attainment_plot(answer: Answer) -> Plot | None:
             "attainment",
             "Attainment against rate",
             "Each mark is one rate that was simulated, with its 95 % interval; the line is the falling curve that fits "
-            "them best. Bars at the target, or just below it, are the intervals of the goodputs.",
+            "them best. Bars at the target, or just below it, are the intervals of the goodputs."
+            + _of_classes(targets),
             f"Curves fall from left to right, one each for {', '.join(series.label for series in shown)}.",
         )
+
+
+def _of_classes(targets: Sequence[Target]) -> str:
+    if len(targets) == 1:
+        return ""
+    shares = ", ".join(f"{target.name} {target.share:.4g}" for target in targets)
+    return (
+        " Curves are of all classes together; a goodput is where the first class falls to its own share "
+        f"({shares}), which may be before the curve is down there."
+    )
 
 
 def _limit_rates(axes: Axes, shown: list[Series]) -> None:
@@ -124,9 +138,9 @@ def goodput_plot(answer: Answer) -> Plot | None:
             figure,
             "goodput",
             "Goodput against the P:D ratio",
-            "Every static split at its best chunk and batch limits, with 95 % intervals. On the plateau the set-ups "
-            "cannot be told from the best one: pick any of them. Hollow: the search stopped early because others are "
-            "better. A cross: no rate meets the targets.",
+            "Every static split, with 95 % intervals; chunk and batch limits are those that suit the best one. "
+            "On the plateau the set-ups cannot be told from the best one: pick any of them. Hollow: the search stopped "
+            "early because others are better. A cross: no rate that meets the targets was found.",
             f"Goodput in requests per second: {best}.",
         )
 

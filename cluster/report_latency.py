@@ -10,8 +10,8 @@ from itertools import pairwise
 
 from matplotlib.axes import Axes
 
-from pdserve.cluster.planner.findings import QUANTILES
-from pdserve.cluster.report_series import Shown, at
+from pdserve.cluster.planner.findings import QUANTILES, at
+from pdserve.cluster.report_series import Shown
 from pdserve.cluster.report_svg import (
     DASHES,
     PALETTE,

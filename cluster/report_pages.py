@@ -22,7 +22,7 @@ from pdserve.cluster.planner.timelapse import SimulationStory
 from pdserve.cluster.report_figures import attainment_plot, cost_plot, goodput_plot
 from pdserve.cluster.report_lapse import lapse_plot, played
 from pdserve.cluster.report_latency import latency_plot, waterfall_plot
-from pdserve.cluster.report_series import Shown, best_ones, joint_share, pictures
+from pdserve.cluster.report_series import Shown, best_ones, common_share, pictures
 from pdserve.cluster.report_svg import Plot
 from pdserve.cluster.report_table import (
     busy_table,
@@ -59,7 +59,7 @@ def tune_page(answer: Answer) -> str:
         "latency": latency_plot(
             shown,
             {target.name: (target.ttft_ms, target.tpot_ms) for target in targets},
-            joint_share(targets),
+            common_share(targets),
         ),
         "waterfall": waterfall_plot(shown),
         "cost": cost_plot(answer),

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pdserve.cluster.planner.attainment import Attainment
-from pdserve.cluster.planner.findings import QUANTILES, Answer, Finding, Picture, Setup, Target
+from pdserve.cluster.planner.findings import Answer, Finding, Picture, Setup, Target
 from pdserve.proto.types import Role
 
 NUM_RUNNERS_UP = 2
@@ -72,9 +72,10 @@ def pictures(answer: Answer) -> list[Shown]:
     ]
 
 
-def joint_share(targets: Sequence[Target]) -> float:
-    """Of all requests by weight, those that are to meet their targets: what a goodput is measured at."""
-    return sum(target.share * target.weight for target in targets) / sum(target.weight for target in targets)
+def common_share(targets: Sequence[Target]) -> float | None:
+    """What every class is to reach; `None` where it is not the same for all."""
+    shares = {target.share for target in targets}
+    return shares.pop() if len(shares) == 1 else None
 
 
 def falling(seen: Sequence[Attainment]) -> list[float]:
@@ -88,11 +89,6 @@ def falling(seen: Sequence[Attainment]) -> list[float]:
             weight, size = weight + weight_before, size + size_before
         pools.append((value, weight, size))
     return [value for value, _, size in pools for _ in range(size)]
-
-
-def at(values: tuple[float, ...], share: float) -> float:
-    """The value at one of `QUANTILES`."""
-    return values[QUANTILES.index(share)]
 
 
 def splits(answer: Answer) -> list[Finding]:

@@ -8,10 +8,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from pdserve.cluster.planner.findings import Answer, Finding, Setup
+from pdserve.cluster.planner.findings import Answer, Finding, Setup, at
 from pdserve.cluster.planner.goodput import Goodput
 from pdserve.cluster.planner.timelapse import SimulationStory
-from pdserve.cluster.report_series import Shown, at, by_role, labels
+from pdserve.cluster.report_series import Shown, by_role, labels
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +149,8 @@ def _remarks(answer: Answer, number: int) -> str:
         said.append("on the plateau")
     if finding.goodput.failing:
         said.append(f"infeasible: {finding.goodput.failing}")
+    elif not finding.goodput.rate:
+        said.append("no rate found")
     elif not finding.is_refined:
         said.append("search stopped early")
     return ", ".join(said)

@@ -7,35 +7,51 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from pdserve.cluster import command_options as options
-from pdserve.cluster.config import DEFAULT_CONFIG, ClusterConfig, load_config
+from pdserve.cluster import tune_options as asked
+from pdserve.cluster.config import DEFAULT_CONFIG, load_config
 from pdserve.cluster.load_report import LoadReport, render
-from pdserve.cluster.planner.profile import Profile
 from pdserve.cluster.planner.simulation import Outcome
 from pdserve.cluster.planner.simulation import simulate as run
 from pdserve.cluster.planner.timelapse import Timelapse
-from pdserve.cluster.planner.workload import parse_workload
-from pdserve.cluster.profile_files import read_profiles
+from pdserve.cluster.planner.workload_spec import WorkloadSpec
+from pdserve.cluster.profile_files import FleetProfiles, other_model, read_fleet, worker_ids
 from pdserve.cluster.report_html import require_report, write_simulation
 from pdserve.cluster.report_story import name_of, picture_of, story_of
 from pdserve.cluster.simulation_report import render_workers, report_of
+from pdserve.cluster.simulation_sums import (
+    ClassReport,
+    Spent,
+    check_known,
+    classes_of,
+    render_classes,
+    spent_lines,
+    spent_of,
+)
 from pdserve.cluster.steering_options import parse_script
-from pdserve.proto.types import SLO, Role
+from pdserve.cluster.tune_targets import targets_of
+from pdserve.cluster.workload_files import read_workload
+from pdserve.proto.types import SLO
 
 DEFAULT_NUM_REQUESTS = 2000
+DEFAULT_SHARE = 0.9
+"""Of a class that says no other."""
 
 
 def simulate(
-    profile: Annotated[list[str], typer.Option(help="A file or a shipped one's name; ROLE=... for one role.")],
+    profile: Annotated[
+        list[str],
+        typer.Option(help="A file or a shipped one's name; ROLE=... for one role, WORKER=... for one, as decode-1=..."),
+    ],
     workload: Annotated[
-        str, typer.Option(help="A preset, trace:FILE, synthetic?..., sessions?...; see docs/planner.md.")
+        str, typer.Option(help="A preset, trace:FILE, synthetic?..., sessions?..., FILE.yaml; see docs/planner.md.")
     ] = "azure-conv",
     config: Annotated[Path, typer.Option("--config", "-c", help="Cluster configuration (YAML).")] = DEFAULT_CONFIG,
     override: Annotated[list[str] | None, typer.Option("--set", help="section.key=value; may be repeated.")] = None,
@@ -43,6 +59,7 @@ def simulate(
     num_prompts: Annotated[int, typer.Option(min=1, help="Requests to simulate.")] = DEFAULT_NUM_REQUESTS,
     ttft_ms: Annotated[float, typer.Option(min=0, help="Target time to first token.")] = 1000.0,
     tpot_ms: Annotated[float, typer.Option(min=0, help="Target time per output token after the first.")] = 100.0,
+    slo: asked.Slo = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the workload.")] = 0,
     html: Annotated[Path | None, typer.Option(help="Write a report with a time-lapse.")] = None,
     fail: Annotated[list[str] | None, typer.Option(help="WORKER@SECONDS[+SECONDS]: dies, and comes back.")] = None,
@@ -59,76 +76,115 @@ def simulate(
     if html is not None:
         require_report(html)
     lapse = None if html is None else Timelapse()
-    by_role, slo = read_profiles(profile, settings), SLO(ttft_ms, tpot_ms)
-    longest = min(one.max_model_len for one in by_role.values())
-    traffic = parse_workload(workload, Path.cwd()).for_model(longest)
+    fleet, general = read_fleet(profile, settings), SLO(ttft_ms, tpot_ms)
+    traffic = read_workload(workload).for_model(min(one.max_model_len for one in fleet.by_name.values()))
+    targets = targets_of(slo, ttft_ms, tpot_ms, DEFAULT_SHARE) if slo else ()
+    check_known(targets, traffic.slo_classes())
     source = traffic.source(request_rate, seed, num_prompts)
     started_s = time.perf_counter()
     outcome = run(
         settings,
-        by_role,
+        fleet.by_name,
         source,
         exact=exact,
         are_prompts_shared=traffic.shares_prefixes(),
         workers_per_host=workers_per_host,
-        steering=parse_script(fail or [], flip or [], _worker_ids(settings)),
+        steering=parse_script(fail or [], flip or [], worker_ids(settings)),
         lapse=lapse,
     )
     took_s = time.perf_counter() - started_s
-    report = report_of(outcome, slo)
+    report, classes = report_of(outcome, general), classes_of(outcome, targets)
+    # What single workers of their own cost is not in the sums by role.
+    spent = Spent(None, None) if fleet.by_worker else spent_of(outcome, settings, fleet.by_role)
+    words = other_model(fleet.by_name.values(), settings)
+    notes = (*_model_notes(words), *_course_notes(traffic, request_rate, num_prompts), *_domain_notes(outcome))
+    done = _Done(name_of(settings), workload, seed, fleet, outcome, report, classes, spent, notes, took_s)
     if html is not None and lapse is not None:
-        story = story_of(
-            report,
-            setup=name_of(settings),
-            workload=workload,
-            profiles=by_role,
-            seed=seed,
-            picture=picture_of(outcome, slo, report.offered_rate),
-            lapse=lapse.lapse(),
-            warnings=_warnings(outcome),
-        )
-        write_simulation(story, html)
-    _show(report, outcome, by_role, took_s, as_json)
-    raise typer.Exit(0 if report.num_completed else 1)
+        _write_report(done, general, lapse, html)
+    _show_json(done) if as_json else _show(done)
+    raise typer.Exit(0 if done.report.num_completed else 1)
 
 
-def _worker_ids(settings: ClusterConfig) -> list[str]:
-    return [f"{role}-{ordinal}" for role in Role for ordinal in range(settings.replicas(role))]
+@dataclass(frozen=True, slots=True)
+class _Done:
+    """A simulation, and everything that is said of it. `notes` are what the user must know before believing it."""
+
+    setup: str
+    workload: str
+    seed: int
+    fleet: FleetProfiles
+    outcome: Outcome
+    report: LoadReport
+    classes: tuple[ClassReport, ...]
+    spent: Spent
+    notes: tuple[str, ...]
+    took_s: float
 
 
-def _warnings(outcome: Outcome) -> tuple[str, ...]:
+def _model_notes(words: str) -> tuple[str, ...]:
+    return (f"{words}: step times are the profile's",) if words else ()
+
+
+def _course_notes(traffic: WorkloadSpec, rate: float | None, num_requests: int) -> tuple[str, ...]:
+    """Traffic that changes over a time that was not simulated."""
+    course = traffic.course_requests(rate)
+    if traffic.whole_course or num_requests >= course:
+        return ()
+    return (
+        f"{num_requests:,} requests are {num_requests / course:.0%} of the workload's course; --num-prompts {course} "
+        "sees all of it, and whole_course in the workload lets it pass faster",
+    )
+
+
+def _domain_notes(outcome: Outcome) -> tuple[str, ...]:
     return tuple(f"beyond what was measured: {line}" for line in outcome.extrapolation.summary())
 
 
-def _show(report: LoadReport, outcome: Outcome, by_role: dict[Role, Profile], took_s: float, as_json: bool) -> None:
-    used = {str(role): {"name": profile.name, "source": profile.source} for role, profile in by_role.items()}
-    if as_json:
-        busy = {name: busy_s / max(outcome.end_s, 1e-9) for name, busy_s in outcome.busy_s.items()}
-        hits = {
-            "prefix_query_tokens": outcome.num_prefix_query_tokens,
-            "prefix_hit_tokens": outcome.num_prefix_hit_tokens,
-        }
-        typer.echo(
-            json.dumps(
-                {
-                    **asdict(report),
-                    **hits,
-                    "busy": busy,
-                    "profiles": used,
-                    "extrapolated": outcome.extrapolation.summary(),
-                }
-            )
-        )
-        return
-    console = Console()
-    for table in (*render(report), render_workers(outcome)):
+def _write_report(done: _Done, general: SLO, lapse: Timelapse, path: Path) -> None:
+    story = story_of(
+        done.report,
+        setup=done.setup,
+        workload=done.workload,
+        profiles=done.fleet.by_role,
+        seed=done.seed,
+        picture=picture_of(done.outcome, general, done.report.offered_rate),
+        lapse=lapse.lapse(),
+        warnings=done.notes,
+    )
+    profiles = tuple(f"{name}: {profile.name}, {profile.source}" for name, profile in done.fleet.by_name.items())
+    write_simulation(replace(story, profiles=profiles), path)
+
+
+def _show_json(done: _Done) -> None:
+    outcome = done.outcome
+    tree: dict[str, Any] = asdict(done.report) | {
+        "prefix_query_tokens": outcome.num_prefix_query_tokens,
+        "prefix_hit_tokens": outcome.num_prefix_hit_tokens,
+        "busy": {name: busy_s / max(outcome.end_s, 1e-9) for name, busy_s in outcome.busy_s.items()},
+        "profiles": {
+            name: {"name": profile.name, "source": profile.source} for name, profile in done.fleet.by_name.items()
+        },
+        "classes": [asdict(one) | {"is_met": one.is_met} for one in done.classes],
+        **asdict(done.spent),
+        "extrapolated": outcome.extrapolation.summary(),
+        "notes": done.notes,
+    }
+    typer.echo(json.dumps(tree))
+
+
+def _show(done: _Done) -> None:
+    console, outcome = Console(), done.outcome
+    for table in (*render(done.report), render_workers(outcome)):
         console.print(table)
-    for role, words in used.items():
-        console.print(f"{role}: step times of {words['name']}, {words['source']}", highlight=False)
+    if done.classes:
+        console.print(render_classes(done.classes))
+    for name, profile in done.fleet.by_name.items():
+        console.print(f"{name}: step times of {profile.name}, {profile.source}", highlight=False)
     if outcome.num_prefix_query_tokens:
         share = outcome.num_prefix_hit_tokens / outcome.num_prefix_query_tokens
         console.print(f"prefix caches held {share:.0%} of the prompts' tokens", highlight=False)
-    for line in _warnings(outcome):
+    for line in (*spent_lines(done.spent), *done.notes):
         console.print(line, highlight=False)
     num_requests = len(outcome.records)
-    console.print(f"{num_requests:,} requests in {took_s:.1f} s, {num_requests / max(took_s, 1e-9):,.0f} a second")
+    rate = num_requests / max(done.took_s, 1e-9)
+    console.print(f"{num_requests:,} requests in {done.took_s:.1f} s, {rate:,.0f} a second")

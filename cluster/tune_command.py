@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -21,16 +21,17 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from pdserve.cluster import command_options as options
 from pdserve.cluster import tune_options as asked
+from pdserve.cluster.arrivals import Arrival
 from pdserve.cluster.planner.describe import describe_arrivals
 from pdserve.cluster.planner.findings import Answer, Target
 from pdserve.cluster.planner.fleets import Fleet, Limit, fleets_of, parse_split
 from pdserve.cluster.planner.profile import Profile
 from pdserve.cluster.planner.search import EFFORTS
+from pdserve.cluster.planner.setup_config import deadline_s
 from pdserve.cluster.planner.setups import Choices
 from pdserve.cluster.planner.source import drain
 from pdserve.cluster.planner.tuning import Request, candidates
 from pdserve.cluster.planner.tuning import tune as find
-from pdserve.cluster.planner.workload import parse_workload
 from pdserve.cluster.planner.workload_spec import WorkloadSpec
 from pdserve.cluster.profile_files import read_profile
 from pdserve.cluster.report_html import require_report, write_report
@@ -38,6 +39,7 @@ from pdserve.cluster.tune_jobs import Problem
 from pdserve.cluster.tune_pool import Told, evaluator, usable_cores
 from pdserve.cluster.tune_report import lines, plain, render, write_best
 from pdserve.cluster.tune_targets import check_classes, targets_of
+from pdserve.cluster.workload_files import course_warnings, read_workload
 from pdserve.proto.errors import ConfigError
 from pdserve.proto.types import Role
 
@@ -46,6 +48,9 @@ PAPER_COLUMNS = 160
 
 SAMPLE = 2_000
 """Requests of the workload that are looked at before anything is simulated."""
+
+KV_MARGIN = 64
+"""Tokens of a worker's memory that the longest request leaves: a block that is begun, and what a step takes ahead."""
 
 
 def tune(
@@ -84,16 +89,29 @@ def tune(
     if html is not None:
         require_report(html)
     fleets = _fleets(profile)
-    spec, mean_prompt, mean_output = _look_at(workload, fleets, targets)
+    spec, looks = _look_at(workload, fleets, targets)
     amount = EFFORTS[effort] if max_requests is None else replace(EFFORTS[effort], max_requests=max_requests)
-    request = Request(fleets, limit, choices, targets, workload, mean_prompt, mean_output, amount, seed)
+    request = Request(
+        fleets=fleets,
+        limit=limit,
+        choices=choices,
+        targets=targets,
+        workload=workload,
+        mean_prompt=looks.mean_prompt,
+        mean_output=looks.mean_output,
+        effort=amount,
+        seed=seed,
+        least_timeout_s=deadline_s(targets, looks.longest_output),
+        notes=looks.notes,
+    )
     candidates(request)  # what cannot be made is said before processes start
     answer = _ask(request, spec, processes or usable_cores(), is_quiet=as_json or not sys.stderr.isatty())
     _show(answer, as_json)
     if html is not None:
         write_report(answer, html)
     if write_config is not None and answer.recommended is not None:
-        write_best(answer, request.profiles, model or next(iter(request.profiles.values())).model, write_config)
+        name = model or next(iter(request.profiles.values())).model
+        write_best(answer, request.profiles, name, write_config, request.least_timeout_s)
     raise typer.Exit(0 if answer.recommended is not None else 1)
 
 
@@ -130,20 +148,46 @@ def _fleets(written: list[str]) -> tuple[Fleet, ...]:
     return fleets_of(common, by_role)
 
 
-def _look_at(
-    workload: str, fleets: tuple[Fleet, ...], targets: tuple[Target, ...]
-) -> tuple[WorkloadSpec, float, float]:
-    """The workload, cut to the model's context, and the mean lengths of its first requests."""
-    longest = min(profile.max_model_len for fleet in fleets for profile in fleet.profiles.values())
-    spec = parse_workload(workload, Path.cwd()).for_model(longest)
-    arrivals = list(itertools.islice(drain(spec.source(spec.own_rate() or 1.0, 0, SAMPLE)), SAMPLE))
+@dataclass(frozen=True, slots=True)
+class _Looks:
+    """What the first requests of a workload are like, in tokens."""
+
+    mean_prompt: float
+    mean_output: float
+    longest_output: int
+    notes: tuple[str, ...]
+
+
+def _look_at(workload: str, fleets: tuple[Fleet, ...], targets: tuple[Target, ...]) -> tuple[WorkloadSpec, _Looks]:
+    """The workload, cut to what every worker can hold, and its first requests."""
+    profiles = [profile for fleet in fleets for profile in fleet.profiles.values()]
+    longest = min(min(profile.max_model_len, profile.kv_capacity_tokens - KV_MARGIN) for profile in profiles)
+    if longest < 2:
+        raise ConfigError("--profile: kv_capacity_tokens leaves no room for a request")
+    whole = read_workload(workload).in_whole_courses()
+    check_classes(targets, sorted(whole.slo_classes(), key=str))
+    spec = whole.for_model(longest)
+    arrivals, before = _first_ones(spec), _first_ones(whole)
+    num_cut = sum(one.num_prompt_tokens + one.max_tokens > longest for one in before)
     known = describe_arrivals(arrivals)
-    check_classes(targets, dict.fromkeys(arrival.slo_class for arrival in arrivals))
-    return spec, known.prompt_tokens / known.num_requests, known.output_tokens / known.num_requests
+    notes = (
+        f"{num_cut / len(before):.1%} of the requests are longer than what a worker can hold, {longest:,} tokens, and "
+        "were cut to it",
+    )
+    return spec, _Looks(
+        mean_prompt=known.prompt_tokens / known.num_requests,
+        mean_output=known.output_tokens / known.num_requests,
+        longest_output=max(one.max_tokens for one in arrivals),
+        notes=(*(notes if num_cut else ()), *course_warnings(spec)),
+    )
+
+
+def _first_ones(spec: WorkloadSpec) -> list[Arrival]:
+    return list(itertools.islice(drain(spec.source(spec.own_rate() or 1.0, 0, SAMPLE)), SAMPLE))
 
 
 def _ask(request: Request, spec: WorkloadSpec, num_processes: int, is_quiet: bool) -> Answer:
-    problem = Problem(request.profiles, spec, request.targets)
+    problem = Problem(request.profiles, spec, request.targets, request.least_timeout_s)
     started_s = time.perf_counter()
     with _progress(request.effort.max_requests, is_quiet) as told, evaluator(problem, num_processes, told) as evaluate:
         answer = find(request, evaluate)

@@ -5,14 +5,14 @@ A problem is sent to each process once; jobs and results are small. Knows nothin
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 from pdserve.cluster.planner.attainment import OutcomeLog, Outcomes, measure
 from pdserve.cluster.planner.findings import Setup, Target
-from pdserve.cluster.planner.goodput import find_goodput
-from pdserve.cluster.planner.picture import Run, Seen, busy_shares
+from pdserve.cluster.planner.goodput import Goodput, find_goodput
+from pdserve.cluster.planner.picture import Run, Seen, Work, busy_shares
 from pdserve.cluster.planner.profile import Profile
 from pdserve.cluster.planner.setup_config import config_of
 from pdserve.cluster.planner.simulation import Outcome, simulate
@@ -22,9 +22,11 @@ from pdserve.cluster.planner.workload_spec import WorkloadSpec
 from pdserve.cluster.simulation_report import seen_of
 from pdserve.proto.types import SLO
 
-MAX_DRAIN = 1.5
-"""A run that goes on for longer than so many times its arrivals was a burst: that it was served in time says nothing of
-a rate, and so counts as too much. Runs are several times as long as requests take, so that others end soon after."""
+BEHIND_STRETCH = 1.5
+"""Of a run that met its targets only because it was over before the backlog was long."""
+
+NEAR = 0.2
+"""Runs within such a part of the goodput are at it, more or less."""
 
 GENERAL = "all"
 """The class of requests that no other class was given for."""
@@ -32,11 +34,12 @@ GENERAL = "all"
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """What all jobs of a search share. Profiles are by name."""
+    """What all jobs of a search share. Profiles are by name. No request is given up before `least_timeout_s`."""
 
     profiles: Mapping[str, Profile]
     workload: WorkloadSpec
     targets: tuple[Target, ...]
+    least_timeout_s: float = 0.0
 
     def target_of(self, slo_class: str | None) -> int:
         """Which of the targets a class is judged by."""
@@ -44,12 +47,6 @@ class Problem:
         if len(names) == 1:
             return 0
         return names.index(slo_class if slo_class in names else GENERAL)
-
-    @property
-    def share(self) -> float:
-        """Of all requests by weight, those that are to meet their targets."""
-        weights = sum(target.weight for target in self.targets)
-        return sum(target.share * target.weight for target in self.targets) / weights
 
 
 def perform(job: Job, problem: Problem) -> Result:
@@ -60,45 +57,78 @@ def perform(job: Job, problem: Problem) -> Result:
 def run_once(setup: Setup, problem: Problem, rate: float, seed: int, num_requests: int) -> Outcome:
     """One simulation of a set-up."""
     by_role = {role: problem.profiles[name] for role, name in setup.profiles.items()}
-    config = config_of(setup, problem.profiles, problem.targets[0])
+    config = config_of(setup, problem.profiles, problem.targets[0], problem.least_timeout_s)
     source = problem.workload.source(rate, seed, num_requests)
     return simulate(config, by_role, source, are_prompts_shared=problem.workload.shares_prefixes())
 
 
 def _view(job: Probe, problem: Problem) -> View:
     outcome = run_once(job.setup, problem, job.rate, job.seed, job.num_requests)
-    run = Run(_seen(outcome.records, problem), problem.targets)
-    last_arrival_s = max(record.arrival.at_s for record in outcome.records)
+    records = sorted(outcome.records, key=lambda record: record.arrival.at_s)
+    run, outcomes = Run(_seen(records, problem), problem.targets), _outcomes(records, problem)
+    stretch, needed_s, flow = run.stretch(), 0.0, outcomes.flow
+    if flow.falls_behind():
+        # That it was served in time says nothing of a rate, if it could have gone on like this for a short while only.
+        wanted_s = flow.needed_s() if stretch <= 1 else 0.0
+        needed_s = wanted_s if wanted_s > flow.duration_s else 0.0
+        stretch = max(stretch, BEHIND_STRETCH)
     return View(
-        attainment=measure([_outcomes(outcome.records, problem)]),
-        stretch=max(run.stretch(), outcome.end_s / (MAX_DRAIN * max(last_arrival_s, 1e-9))),
-        picture=run.picture(job.rate, busy_shares(outcome.busy_s, last_arrival_s, outcome.end_s)),
+        attainment=measure([outcomes]),
+        stretch=stretch,
+        picture=run.picture(
+            job.rate, busy_shares(outcome.busy_s, _work(records), run.begin_s, max(run.end_s, run.begin_s + 1e-9))
+        ),
         nearest=run.nearest(),
         extrapolated=outcome.extrapolation.summary(),
-        num_requests=len(outcome.records),
+        num_requests=len(records),
+        needed_s=needed_s,
+        is_sure=_misses_surely(outcomes, problem.targets),
+        failing=run.failing(),
+        failure=_failure(records),
     )
 
 
+def _misses_surely(outcomes: Outcomes, targets: Sequence[Target]) -> bool:
+    """Whether some class falls below its share by more than chance."""
+    if len(targets) == 1:
+        return measure([outcomes]).high < targets[0].share
+    return any(measure([outcomes], index).high < target.share for index, target in enumerate(targets))
+
+
+def _failure(records: Sequence[Record]) -> str:
+    """Why most of those failed that did; empty if none did."""
+    reasons = Counter(record.failure for record in records if record.failure)
+    if not reasons:
+        return ""
+    return f"{reasons.total() / len(records):.0%} of the requests fail: {reasons.most_common(1)[0][0]}"
+
+
 def _hunt(job: Hunt, problem: Problem) -> Found:
-    lines: list[tuple[str, ...]] = []
+    beyond: list[tuple[float, tuple[str, ...]]] = []
+    failures: list[tuple[float, str]] = []
 
     def run(rate: float, seed: int, num_requests: int) -> Outcomes:
         outcome = run_once(job.setup, problem, rate, seed, num_requests)
-        if outcome.extrapolation.num_outside:
-            lines.append(outcome.extrapolation.summary())
+        beyond.append((rate, outcome.extrapolation.summary() if outcome.extrapolation.num_outside else ()))
+        failures.append((rate, _failure(outcome.records)))
         return _outcomes(outcome.records, problem)
 
     goodput = find_goodput(
         run,
-        [target.share for target in problem.targets] if len(problem.targets) > 1 else problem.share,
+        [target.share for target in problem.targets],
         seed=job.seed,
         precision=job.precision,
         max_requests=job.max_requests,
         start_rate=job.start_rate,
-        course_requests=problem.workload.course_requests(),
+        course_requests=problem.workload.course_requests(job.start_rate),
     )
-    # The last runs are the ones beside the goodput.
-    return Found(goodput, tuple(dict.fromkeys(chain.from_iterable(lines[-1:]))))
+    return Found(goodput, _at(goodput, beyond), min(failures)[1] if goodput.failing else "")
+
+
+def _at(goodput: Goodput, beyond: Sequence[tuple[float, tuple[str, ...]]]) -> tuple[str, ...]:
+    """What was beyond all measurements in the last of the runs near the goodput, as they are the longest."""
+    near = [lines for rate, lines in beyond if abs(rate - goodput.rate) <= NEAR * goodput.rate and lines]
+    return near[-1] if near else ()
 
 
 def _outcomes(records: Sequence[Record], problem: Problem) -> Outcomes:
@@ -107,10 +137,21 @@ def _outcomes(records: Sequence[Record], problem: Problem) -> Outcomes:
         index = problem.target_of(record.arrival.slo_class)
         target = problem.targets[index]
         slo = SLO(target.ttft_ms, target.tpot_ms)
-        log.add(record.timing(), slo, failed=bool(record.failure), weight=target.weight, slo_class=index)
+        log.add(record.timing(), slo, failed=bool(record.failure), slo_class=index)
     return log.outcomes()
 
 
-def _seen(records: Sequence[Record], problem: Problem) -> list[Seen]:
-    ordered = sorted(records, key=lambda record: record.arrival.at_s)
+def _seen(ordered: Sequence[Record], problem: Problem) -> list[Seen]:
     return [seen_of(record, problem.target_of(record.arrival.slo_class)) for record in ordered]
+
+
+def _work(records: Sequence[Record]) -> Iterator[Work]:
+    """When requests that ended well had something to compute: their prompt, then, maybe elsewhere, their tokens."""
+    for record in records:
+        if record.failure or record.end_s is None:
+            continue
+        if record.prefill_id == record.decode_id:
+            yield record.decode_id, record.prefill_started_s, record.end_s
+        else:
+            yield record.prefill_id, record.prefill_started_s, record.prefilled_s
+            yield record.decode_id, record.decode_started_s, record.end_s

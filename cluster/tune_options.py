@@ -27,7 +27,7 @@ PricePerGpuHour: TypeAlias = Annotated[
 ]
 Slo: TypeAlias = Annotated[
     list[str] | None,
-    typer.Option(help="Targets of one class: NAME:ttft=MS,tpot=MS[,share=0.9][,weight=1]; may be repeated."),
+    typer.Option(help="Targets of one class: NAME:ttft=MS,tpot=MS[,share=0.9]; may be repeated."),
 ]
 Effort: TypeAlias = Annotated[str, typer.Option(help=f"How much to simulate: {', '.join(EFFORTS)}.")]
 MaxRequests: TypeAlias = Annotated[

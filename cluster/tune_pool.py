@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import connection
@@ -49,7 +49,10 @@ def evaluator(problem: Problem, num_processes: int, told: Told) -> Iterator[Eval
         order = sorted(range(len(jobs)), key=lambda index: -jobs[index].most_requests)
         futures = {index: pool.submit(_work, jobs[index]) for index in order}
         try:
-            return [_tell(told, stage, futures[index].result()) for index in range(len(jobs))]
+            # What is done is told at once; the results are in the order of the jobs.
+            for future in as_completed(futures.values()):
+                told(stage, future.result().num_requests)
+            return [futures[index].result() for index in range(len(jobs))]
         except BrokenProcessPool:
             raise InternalError("a simulating process ended by itself; too little memory? try --processes 1") from None
 

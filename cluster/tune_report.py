@@ -14,14 +14,11 @@ from typing import Any
 import yaml
 from rich.table import Table
 
-from pdserve.cluster.planner.findings import Answer, Finding
+from pdserve.cluster.planner.findings import Answer, Finding, at
 from pdserve.cluster.planner.profile import Profile
 from pdserve.cluster.planner.setup_config import tree_of
 from pdserve.proto.errors import ConfigError
 from pdserve.proto.types import Role
-
-MEDIAN, P99 = 49, 98
-"""Where they lie in `QUANTILES`."""
 
 NOTHING = "-"
 
@@ -66,7 +63,7 @@ def render(answer: Answer) -> Table:
 def _label(answer: Answer, number: int) -> str:
     setup = answer.findings[number].setup
     notes = [f"TP{setup.tensor_parallel_size}"] if setup.tensor_parallel_size > 1 else []
-    if len(set(setup.profiles.values())) > 1 or len(answer.question.profiles) > 1:
+    if answer.question.are_profiles_told:
         notes += dict.fromkeys(setup.profiles.values())
     if number == answer.recommended:
         notes.append("<- best")
@@ -76,14 +73,14 @@ def _label(answer: Answer, number: int) -> str:
 def _results(finding: Finding) -> list[str]:
     goodput, picture = finding.goodput, finding.picture
     if not goodput.rate:
-        return [f"0 ({goodput.failing} fails)" if goodput.failing else "0", "0", NOTHING, NOTHING]
+        return [f"0 ({goodput.failing} fails)" if goodput.failing else "not found", "0", NOTHING, NOTHING]
     high = f"{goodput.high:.3g}" if goodput.high < math.inf else "?"
     ttft, tpot = (picture.ttft_ms, picture.tpot_ms) if picture else ((), ())
     return [
         f"{goodput.rate:.3g} ({goodput.low:.3g} to {high})",
         f"{goodput.rate / finding.setup.num_gpus:.3g}",
-        f"{ttft[MEDIAN]:,.0f}/{ttft[P99]:,.0f}" if ttft else NOTHING,
-        f"{tpot[MEDIAN]:.3g}/{tpot[P99]:.3g}" if tpot else NOTHING,
+        f"{at(ttft, 0.5):,.0f}/{at(ttft, 0.99):,.0f}" if ttft else NOTHING,
+        f"{at(tpot, 0.5):.3g}/{at(tpot, 0.99):.3g}" if tpot else NOTHING,
     ]
 
 
@@ -112,15 +109,17 @@ def lines(answer: Answer) -> Iterator[str]:
     yield f"{answer.num_requests:,} requests simulated in {answer.took_s:.0f} s"
 
 
-def write_best(answer: Answer, profiles: Mapping[str, Profile], model: str, path: Path) -> None:
-    """The recommended set-up, for `pdserve up -c`.
+def write_best(
+    answer: Answer, profiles: Mapping[str, Profile], model: str, path: Path, least_timeout_s: float = 0.0
+) -> None:
+    """The recommended set-up as it was simulated, for `pdserve up -c`.
 
     Raises:
         ConfigError: the file cannot be written.
     """
     assert answer.recommended is not None
     finding = answer.findings[answer.recommended]
-    tree = tree_of(finding.setup, profiles, model, answer.question.targets[0])
+    tree = tree_of(finding.setup, profiles, model, answer.question.targets[0], least_timeout_s)
     head = [
         f"{finding.setup.name}, by pdserve tune; seed {answer.question.seed}",
         f"{answer.question.workload}; {finding.goodput.rate:.4g} requests/s at the targets",

@@ -1,6 +1,6 @@
 """SLO classes as they are written on the command line, and whether a workload's requests all have one.
 
-    --slo chat:ttft=300,tpot=40,share=0.95,weight=2
+    --slo chat:ttft=300,tpot=40,share=0.95
 
 Knows nothing of what targets are used for.
 """
@@ -14,7 +14,7 @@ from pdserve.cluster.planner.findings import Target
 from pdserve.cluster.tune_jobs import GENERAL
 from pdserve.proto.errors import ConfigError
 
-FORM = "write NAME:ttft=MS,tpot=MS and, if you like, share=0.9,weight=1"
+FORM = "write NAME:ttft=MS,tpot=MS and, if you like, share=0.9"
 
 
 def targets_of(
@@ -43,10 +43,10 @@ def _parsed(text: str, attainment: float) -> Target:
     name, colon, fields = text.partition(":")
     if not colon or not name:
         raise ConfigError(f"--slo {text}: {FORM}")
-    values = {"share": attainment, "weight": 1.0}
+    values = {"share": attainment}
     for part in fields.split(","):
         key, _, value = part.partition("=")
-        if key not in ("ttft", "tpot", "share", "weight"):
+        if key not in ("ttft", "tpot", "share"):
             raise ConfigError(f"--slo {text}: {part!r} is not known; {FORM}")
         try:
             values[key] = float(value)
@@ -54,11 +54,11 @@ def _parsed(text: str, attainment: float) -> Target:
             raise ConfigError(f"--slo {text}: {key}: {value!r} is not a number") from None
     if "ttft" not in values or "tpot" not in values:
         raise ConfigError(f"--slo {text}: ttft and tpot are both needed; {FORM}")
-    return _checked(Target(name, values["ttft"], values["tpot"], values["share"], values["weight"]), f"--slo {text}")
+    return _checked(Target(name, values["ttft"], values["tpot"], values["share"]), f"--slo {text}")
 
 
 def _checked(target: Target, option: str) -> Target:
-    for what, value in (("ttft", target.ttft_ms), ("tpot", target.tpot_ms), ("weight", target.weight)):
+    for what, value in (("ttft", target.ttft_ms), ("tpot", target.tpot_ms)):
         if not (value > 0 and math.isfinite(value)):
             raise ConfigError(f"{option}: {what} {value:g} is not a positive number")
     if not 0 < target.share < 1:

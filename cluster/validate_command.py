@@ -25,15 +25,16 @@ from pdserve.cluster.config import DEFAULT_CONFIG, ClusterConfig, load_config
 from pdserve.cluster.interruptible import run_interruptible
 from pdserve.cluster.planner.profile import Profile
 from pdserve.cluster.planner.source import drain
-from pdserve.cluster.planner.workload import parse_workload
 from pdserve.cluster.planner.workload_spec import WorkloadSpec
-from pdserve.cluster.profile_files import read_profiles
+from pdserve.cluster.profile_files import other_model, read_profiles
 from pdserve.cluster.profiling_clusters import running
+from pdserve.cluster.session_groups import warn_of_starved_clients
 from pdserve.cluster.validation import Comparison, Point, compare, orders
 from pdserve.cluster.validation_point import Judgement, both_sides
 from pdserve.cluster.validation_report import render
 from pdserve.cluster.validation_run import warm_up
 from pdserve.cluster.validation_setups import set_up_config
+from pdserve.cluster.workload_files import read_workload
 from pdserve.proto.errors import ConfigError
 from pdserve.proto.types import SLO, Role
 
@@ -89,6 +90,7 @@ def validate(
     judgement = Judgement(SLO(ttft_ms, tpot_ms), skipped, refit, timeout_s)
     asked = _Asked(workload or [DEFAULT_WORKLOAD], request_rate or [], range(seed, seed + repeats), num_prompts)
     plans = [_plan(set_up_config(settings, name), name, profile, asked) for name in setup or [""]]
+    warn_of_starved_clients()
     found = [comparison for plan in plans for comparison in _validate_set_up(plan, judgement, seed)]
     _show(found, as_json)
     raise typer.Exit(1 if strict and not all(comparison.is_within for comparison in found) else 0)
@@ -116,9 +118,12 @@ class _Plan:
 def _plan(settings: ClusterConfig, name: str, profile: list[str], asked: _Asked) -> _Plan:
     by_role = read_profiles(profile, settings)
     longest = min(known.max_model_len for known in by_role.values())
+    if words := other_model(by_role.values(), settings):
+        name_it = f"--set served_model_name={next(iter(by_role.values())).model}"
+        raise ConfigError(f"--profile: {words}; profile that model, or, if they are the same, {name_it}")
     label, runs = _label(name, settings), []
     for text in asked.workloads:
-        spec = parse_workload(text, Path.cwd())
+        spec = read_workload(text)
         for rate in _rates(text, spec, asked.rates):
             repeats = [_requests(spec, longest, rate, seed, asked.num_prompts) for seed in asked.seeds]
             runs.append((Point(label, text, rate), repeats))
@@ -153,7 +158,7 @@ def _label(name: str, settings: ClusterConfig) -> str:
 def _validate_set_up(plan: _Plan, judgement: Judgement, seed: int) -> list[Comparison]:
     found: list[Comparison] = []
     console = Console(stderr=True)
-    # The same prompts again would be found in the prefix cache, which the simulation is not told of.
+    # The same prompts again would be found in the prefix cache, which the simulation begins without.
     prompt_seeds = itertools.count(PROMPT_SEEDS * (seed + 1))
     with (
         console.status("starting") as spinner,

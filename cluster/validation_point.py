@@ -61,19 +61,27 @@ async def both_sides(
     every = [timing for timings in run.timings.values() for timing in timings]
     samples = samples_of(every, with_disturbed=True) if judgement.refit else ()
     used = {role: adapted(profile, samples) for role, profile in by_role.items()}
-    outcome = simulate(settings, used, OpenLoop(iter(arrivals)))
     return Sides(
         real=judged_real(run, judgement),
-        simulated=judged_simulated(outcome, judgement),
+        simulated=judged_simulated(foretold(settings, used, arrivals), judgement),
         step_error=step_error(used, run.timings),
     )
+
+
+def foretold(settings: ClusterConfig, used: Mapping[Role, Profile], arrivals: Sequence[Arrival]) -> Outcome:
+    """The simulation of the requests. Prompts that begin alike are equal there, too: `PromptMaker` makes equal blocks
+    of equal prefix ids, and the engines find them in their caches."""
+    are_shared = any(arrival.prefix_ids for arrival in arrivals)
+    return simulate(settings, used, OpenLoop(iter(arrivals)), are_prompts_shared=are_shared)
 
 
 def step_error(used: Mapping[Role, Profile], timings: Mapping[Role, Sequence[Timing]]) -> float:
     """How far the profiles are off the sum of all steps that were taken, as a share."""
     measured_s = math.fsum(one.cost_s for of_role in timings.values() for one in of_role)
     models = {role: StepModel(used[role]) for role in timings}
-    told_s = math.fsum(models[role].duration_s(one.shape) for role, of_role in timings.items() for one in of_role)
+    told_s = math.fsum(
+        models[role].contended_s(one.shape, one.busy) for role, of_role in timings.items() for one in of_role
+    )
     return told_s / measured_s - 1.0 if measured_s else 0.0
 
 
@@ -82,7 +90,7 @@ def adapted(profile: Profile, samples: Sequence[StepSample]) -> Profile:
     changes: dict[str, object] = {"overheads": profile.overheads.model_copy(update={"tokenize_s_per_token": 0.0})}
     if samples:
         fit = fit_steps(samples)
-        changes |= {"prefill": fit.prefill, "decode": fit.decode, "mixed": fit.mixed, "domain": fit.domain}
+        changes |= {name: getattr(fit, name) for name in ("prefill", "decode", "mixed", "contention", "domain")}
     return profile.model_copy(update=changes)
 
 

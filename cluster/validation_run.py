@@ -98,6 +98,6 @@ class StepLog:
     @property
     def timings(self) -> dict[Role, list[Timing]]:
         found: dict[Role, list[Timing]] = {role: [] for role in self._roles}
-        for role, records in zip(self._roles, self._records, strict=True):
-            found[role].extend(timings_of(records))
+        for role, timings in zip(self._roles, timings_of(self._records), strict=True):
+            found[role].extend(timings)
         return found

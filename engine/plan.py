@@ -38,7 +38,7 @@ class ScheduledSequence(NamedTuple):
 
     @property
     def is_decode(self) -> bool:
-        return self.num_tokens == 1 and self.start >= len(self.sequence.request.prompt_token_ids)
+        return self.num_tokens == 1 and self.start >= self.sequence.num_prompt_tokens
 
 
 class StepPlan(NamedTuple):
@@ -60,7 +60,10 @@ class StepPlan(NamedTuple):
 
     @property
     def num_decode_tokens(self) -> int:
-        return len([item for item in self.scheduled if item.num_tokens == 1 and item.is_decode])
+        # `is_decode`, written out: asked for every token
+        return len(
+            [0 for item in self.scheduled if item.num_tokens == 1 and item.start >= item.sequence.num_prompt_tokens]
+        )
 
     @property
     def sampled(self) -> tuple[Sequence, ...]:

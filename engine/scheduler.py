@@ -40,6 +40,7 @@ class Draft:
     """A plan in the making. `budget` is the number of tokens that may still be added."""
 
     budget: int
+    has_prefills: bool = False  # one that runs has more than a token to go
     scheduled: list[ScheduledSequence] = field(default_factory=list)
     preempted: list[Sequence] = field(default_factory=list)
     num_prefix_query_tokens: int = 0
@@ -178,16 +179,17 @@ class Scheduler:
         steps: list[SequenceStep] = []
         parts: list[ComputedPart] = []
         for item in plan.scheduled:
-            item.sequence.advance(item.num_tokens)
+            sequence = item.sequence
+            sequence.advance(item.num_tokens)
             if item.samples:
-                step = self._commit_token(item.sequence, next(results), now_s)
+                step = self._commit_token(sequence, next(results), now_s)
                 steps.append(step)
                 if step.handed_off:
-                    parts.append(self._hand_over(item.sequence, len(item.sequence.block_ids)))
+                    parts.append(self._hand_over(sequence, len(sequence.block_ids)))
                 continue
-            self.claims.label(item.sequence)
-            if item.sequence.hand_off and item.sequence.num_full_blocks > item.sequence.num_handed_blocks:
-                parts.append(self._hand_over(item.sequence, item.sequence.num_full_blocks))
+            self.claims.label(sequence)
+            if sequence.hand_off and sequence.num_full_blocks > sequence.num_handed_blocks:
+                parts.append(self._hand_over(sequence, sequence.num_full_blocks))
         assert next(results, None) is None, "more results than sampled sequences"
         return Committed(tuple(steps), tuple(parts))
 
@@ -197,11 +199,16 @@ class Scheduler:
         while index < len(self._running):  # victims are younger, hence further on: the index stays right
             sequence = self._running[index]
             index += 1
-            if sequence.num_uncomputed == 1 and (sequence.has_room or self._grow(sequence, draft.preempted)):
+            num_uncomputed = sequence.num_uncomputed
+            if num_uncomputed > 1:
+                draft.has_prefills = True
+            elif num_uncomputed == 1 and (sequence.has_room or self._grow(sequence, draft.preempted)):
                 draft.add_decode(sequence)
 
     def _continue_prefills(self, draft: Draft) -> None:
         """Running sequences with more to go. They took all their blocks at admission."""
+        if not draft.has_prefills:
+            return
         for sequence in self._running:
             if draft.budget > 0 and sequence.num_uncomputed > 1:
                 draft.add(sequence)
@@ -267,8 +274,9 @@ class Scheduler:
         if isinstance(result, PdserveError):
             self._leave(sequence)
             return SequenceStep(sequence, index, None, error=result)
-        self.claims.label(sequence)
-        end = finish(sequence, result.token_id, self.max_model_len)
+        if self.claims.prefix_caching:
+            self.claims.label(sequence)
+        end = finish(sequence, index, result.token_id, self.max_model_len)
         sequence.append(result.token_id, now_s)
         handed_off = end is None and sequence.hand_off
         if handed_off:

@@ -8,7 +8,7 @@ where its blocks' states are kept.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, MutableSequence
 from collections.abc import Sequence as Items
 from typing import NamedTuple, Self
 
@@ -92,7 +92,8 @@ class Sequence:
         self.request = request
         self.arrival_s = arrival_s
         self.hand_off = hand_off
-        self.token_ids = list(request.prompt_token_ids)
+        self.num_prompt_tokens = len(request.prompt_token_ids)
+        self.token_ids = self._first_tokens()
         self.num_computed = 0
         self.table = BlockTable(1)
         self.order = -1
@@ -105,7 +106,7 @@ class Sequence:
         self.first_token_s: float | None = None
         self.last_token_s: float | None = None
         self._num_once_computed = 0  # the most that has been computed of it, here or elsewhere
-        self._keys = PrefixKeys(1)
+        self._keys: PrefixKeys | None = None  # of the tokens in blocks of the scheduler's size
         self._counts: TokenCounts | None = None
 
     @classmethod
@@ -121,13 +122,13 @@ class Sequence:
     def adopt(self, order: int, block_size: int) -> None:
         """Enter a scheduler: its place in the order of age, and the size of the blocks that it holds or will hold."""
         self.order = order
-        self.table = BlockTable(block_size, self.table.block_ids)
-        self._keys = PrefixKeys(block_size)
+        self.table.block_size = block_size
+        self._keys = None
         assert self.table.capacity_tokens >= self.num_computed, "too few blocks for the tokens computed"
 
-    @property
-    def num_prompt_tokens(self) -> int:
-        return len(self.request.prompt_token_ids)
+    def _first_tokens(self) -> MutableSequence[int]:
+        """The prompt, to be appended to."""
+        return list(self.request.prompt_token_ids)
 
     @property
     def num_tokens(self) -> int:
@@ -136,7 +137,7 @@ class Sequence:
 
     @property
     def num_output_tokens(self) -> int:
-        return len(self.token_ids) - len(self.request.prompt_token_ids)
+        return len(self.token_ids) - self.num_prompt_tokens
 
     @property
     def num_uncomputed(self) -> int:
@@ -164,6 +165,8 @@ class Sequence:
 
     def keys(self, num_blocks: int) -> list[bytes]:
         """Prefix keys of its first blocks, which its tokens must fill."""
+        if self._keys is None:
+            self._keys = PrefixKeys(self.table.block_size)
         return self._keys.of(self.token_ids, num_blocks)
 
     def inherit(self, block_ids: Items[int]) -> None:
@@ -186,7 +189,8 @@ class Sequence:
         if after > self._num_once_computed:
             self._num_once_computed = after
         assert after <= len(self.token_ids), "more computed than known"
-        assert after <= self.table.capacity_tokens, "more computed than there is room for"
+        table = self.table
+        assert after <= len(table.block_ids) * table.block_size, "more computed than there is room for"
 
     def append(self, token_id: int, now_s: float) -> None:
         """A new token was sampled. All others must be computed: it was sampled from the last one."""
@@ -228,12 +232,12 @@ class Sequence:
         )
 
 
-def finish(sequence: Sequence, token_id: int, max_model_len: int) -> Finish | None:
-    """Whether `token_id`, sampled and not yet appended, ends the completion.
+def finish(sequence: Sequence, index: int, token_id: int, max_model_len: int) -> Finish | None:
+    """Whether `token_id`, sampled at place `index` of the output and not yet appended, ends the completion.
 
     A stop token counts once `min_tokens` tokens precede it (until then sampling bans it), and wins over length.
     """
-    sampling, index = sequence.request.sampling, sequence.num_output_tokens
+    sampling = sequence.request.sampling
     if token_id in sampling.stop_token_ids and index >= sampling.min_tokens:
         return Finish(FinishReason.STOP, token_id)
     if index + 1 >= sampling.max_tokens or len(sequence.token_ids) + 1 >= max_model_len:

@@ -68,9 +68,14 @@ def _part_computed(lease: Lease | None, event: PartComputed, now_s: float) -> Le
         reason = "computed after the request ended"
         return lease, (FreeBlocks(event.id, event.block_ids, from_quarantine=False, reason=reason),)
     assert not lease.is_complete, f"{event.id}: a part came after the last one"
-    if lease.state is LeaseState.ACCEPTED:
-        lease = lease._replace(state=LeaseState.LEASED, expires_s=now_s + lease.times.lease_s)
-    return _offer_next(lease._replace(parts=(*lease.parts, event.block_ids), first_token=event.first_token), now_s)
+    is_first = lease.state is LeaseState.ACCEPTED
+    longer = lease._replace(
+        state=LeaseState.LEASED if is_first else lease.state,
+        parts=(*lease.parts, event.block_ids),
+        first_token=event.first_token,
+        expires_s=now_s + lease.times.lease_s if is_first else lease.expires_s,
+    )
+    return _offer_next(longer, now_s)
 
 
 def _offer_next(lease: Lease, now_s: float) -> LeaseStep:
@@ -93,9 +98,9 @@ def _offer_next(lease: Lease, now_s: float) -> LeaseStep:
 def _offer_ended(lease: Lease | None, event: OfferEnded, now_s: float) -> LeaseStep:
     if lease is None or not lease.is_live or not lease.is_offering or event.part != lease.num_accepted:
         return lease, (Ignored(event.id, f"part {event.part} is not being offered"),)
-    answered = lease._replace(is_offering=False)
     if not event.error_kind:
-        return _offer_next(answered._replace(num_accepted=lease.num_accepted + 1), now_s)
+        return _offer_next(lease._replace(is_offering=False, num_accepted=lease.num_accepted + 1), now_s)
+    answered = lease._replace(is_offering=False)
     if event.is_transient:
         return answered._replace(offer_at_s=now_s + lease.times.retry_s), ()
     message = f"{lease.target.worker_id} did not take the offer: {event.message}"

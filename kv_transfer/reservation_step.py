@@ -95,14 +95,15 @@ def _offer(reservation: Reservation | None, event: Offer, now_s: float) -> Reser
     if problem:
         after, effects = _end(reservation, "LayoutMismatch", f"{id}: {problem}", release=False)
         return after, (Refused(id, "LayoutMismatch", f"{id}: {problem}"), *effects)
-    offered = reservation._replace(parts=(*reservation.parts, part))
+    parts = (*reservation.parts, part)
     if reservation.phase is Phase.WAITING:
-        return _fetch_next(offered, now_s)
+        return _fetch_next(reservation._replace(parts=parts), reservation.num_done, now_s)
     if reservation.phase is not Phase.RESERVED:
-        return offered, ()
-    first = offered._replace(
+        return reservation._replace(parts=parts), ()
+    first = reservation._replace(
         phase=Phase.OFFERED,
         ticket=ticket,
+        parts=parts,
         offered_s=now_s,
         renew_at_s=now_s + _renew_every_s(reservation, ticket),
         deadline_s=_deadline_s(reservation, reservation.timeouts.room_s, now_s),
@@ -161,17 +162,17 @@ def _blocks_taken(reservation: Reservation | None, event: BlocksTaken, now_s: fl
         reason = "taken after the request ended"
         return reservation, _give_back(event.id, event.block_ids, event.num_held, reason)
     taken = reservation._replace(asked=False, block_ids=event.block_ids, num_held=event.num_held)
-    after, effects = _fetch_next(taken, now_s)
+    after, effects = _fetch_next(taken, taken.num_done, now_s)
     return after, (Unreserve(event.id, reservation.num_blocks), *effects)
 
 
-def _fetch_next(reservation: Reservation, now_s: float) -> ReservationStep:
-    """Go on with the next part that is needed; admit after the last, or wait for it."""
-    while reservation.num_done < len(reservation.parts):
-        part = reservation.parts[reservation.num_done]
+def _fetch_next(reservation: Reservation, num_done: int, now_s: float) -> ReservationStep:
+    """`num_done` parts are: go on with the next one that is needed; admit after the last, or wait for it."""
+    while num_done < len(reservation.parts):
+        part = reservation.parts[num_done]
         if part.first_block + len(part.block_ids) > reservation.first_needed:
-            return _pull(reservation._replace(num_pulls=0), now_s)
-        reservation = reservation._replace(num_done=reservation.num_done + 1)
+            return _pull(reservation, num_done, 1, now_s)
+        num_done += 1
     if reservation.is_complete:
         first_token = reservation.parts[-1].first_token
         assert first_token is not None
@@ -180,15 +181,17 @@ def _fetch_next(reservation: Reservation, now_s: float) -> ReservationStep:
             Admit(reservation.id, first_token, reservation.block_ids, reservation.num_held),
         )
     deadline_s = _deadline_s(reservation, reservation.timeouts.part_s, now_s)
-    return reservation._replace(phase=Phase.WAITING, deadline_s=deadline_s), ()
+    return reservation._replace(phase=Phase.WAITING, num_done=num_done, deadline_s=deadline_s), ()
 
 
-def _pull(reservation: Reservation, now_s: float) -> ReservationStep:
-    part = reservation.parts[reservation.num_done]
+def _pull(reservation: Reservation, num_done: int, num_pulls: int, now_s: float) -> ReservationStep:
+    """The part behind the `num_done` first ones, for the `num_pulls`th time."""
+    part = reservation.parts[num_done]
     assert reservation.ticket is not None
     pulling = reservation._replace(
         phase=Phase.TRANSFERRING,
-        num_pulls=reservation.num_pulls + 1,
+        num_done=num_done,
+        num_pulls=num_pulls,
         deadline_s=_deadline_s(reservation, reservation.timeouts.transfer_s, now_s),
     )
     first = max(0, reservation.first_needed - part.first_block)
@@ -203,12 +206,12 @@ def _part_ended(reservation: Reservation | None, event: PartEnded, now_s: float)
         block_ids = reservation.block_ids[reservation.num_held :]
         return None, (FreeBlocks(event.id, block_ids, from_quarantine=True, reason="the wire is idle"),)
     if not event.error_kind:
-        return _fetch_next(reservation._replace(num_done=reservation.num_done + 1), now_s)
+        return _fetch_next(reservation, reservation.num_done + 1, now_s)
     idle = reservation._replace(phase=Phase.WAITING)
     # No answer is no death: of that the fleet tells.
     kind = "TransferFailed" if event.error_kind == "WorkerLost" else event.error_kind
     if kind in WORTH_A_SECOND_PULL and reservation.num_pulls < reservation.timeouts.max_pulls:
-        return _pull(idle, now_s)
+        return _pull(idle, idle.num_done, idle.num_pulls + 1, now_s)
     return _end(idle, kind, event.message)
 
 

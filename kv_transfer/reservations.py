@@ -7,6 +7,7 @@ those behind it, so that a long prompt is not starved by short ones. Knows no cl
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from heapq import heappop, heappush
 from types import MappingProxyType
 
 from pdserve.kv_transfer.effects import Ignored, raise_refusal
@@ -40,6 +41,10 @@ class ReservationTable:
         self._timeouts = timeouts
         self._reservations: dict[HandoffId, Reservation] = {}
         self._admitted: dict[HandoffId, float] = {}  # and until when its source may go on offering it
+        self._until_s: list[tuple[float, HandoffId]] = []  # the same as a heap
+
+    def __len__(self) -> int:
+        return len(self._reservations)
 
     @property
     def reservations(self) -> Mapping[HandoffId, Reservation]:
@@ -75,6 +80,8 @@ class ReservationTable:
     def on_room(self, num_free_blocks: int, now_s: float) -> Effects:
         """Ask for blocks for those offers, oldest first, that fit into what is free and not asked for yet."""
         waiting = [entry for entry in self._reservations.values() if entry.phase is Phase.OFFERED]
+        if not waiting:
+            return ()
         room = num_free_blocks - sum(entry.num_blocks for entry in waiting if entry.asked)
         effects: list[Effects] = []
         for entry in sorted((entry for entry in waiting if not entry.asked), key=lambda entry: entry.offered_s):
@@ -118,17 +125,22 @@ class ReservationTable:
 
     def sweep(self, now_s: float) -> Effects:
         """End what missed its deadline. Visits every reservation: deadlines are in no order."""
-        self._admitted = {id: until_s for id, until_s in self._admitted.items() if now_s < until_s}
+        while self._until_s and self._until_s[0][0] <= now_s:
+            until_s, id = heappop(self._until_s)
+            if self._admitted.get(id) == until_s:
+                del self._admitted[id]
         return tuple(effect for id in list(self._reservations) for effect in self._step(Tick(id), now_s))
 
     def _step(self, event: ReservationEvent, now_s: float) -> Effects:
         before = self._reservations.get(event.id)
         reservation, effects = step(before, event, now_s)
-        if reservation is None:
-            self._reservations.pop(event.id, None)
-        else:
+        if reservation is not None:
             self._reservations[event.id] = reservation
+            return effects
+        self._reservations.pop(event.id, None)
         if before is not None and before.ticket is not None and any(isinstance(effect, Admit) for effect in effects):
             # Even a request that is over soon: an offer repeated after that is no error. Twice, for a late renewal.
-            self._admitted[event.id] = now_s + 2 * before.ticket.lease_s
+            until_s = now_s + 2 * before.ticket.lease_s
+            self._admitted[event.id] = until_s
+            heappush(self._until_s, (until_s, event.id))
         return effects

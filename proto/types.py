@@ -135,7 +135,7 @@ class KVLayout:
 
     def obstacles(self, other: KVLayout) -> list[str]:
         """The differences that keep two workers from exchanging KV: all but the block size and a quantised dtype."""
-        if self == other:  # asked for every offer, and nearly always so
+        if self is other or self == other:  # asked for every offer, and nearly always so
             return []
         is_quantised = "int8" in (self.dtype, other.dtype) and {self.dtype, other.dtype} <= DTYPE_BYTES.keys()
         bridged = ("block_size:", "dtype:") if is_quantised else ("block_size:",)

@@ -88,7 +88,14 @@ class Candidates:
         return (group for group in self.groups(Role.PREFILL) if not layout.obstacles(group.layout))
 
     def _group_of(self, view: WorkerView) -> Group:
-        key = (view.load.role, view.layout)
+        layout, before = view.layout, self._places.get(view.worker_id)
+        if (
+            before is not None
+            and before.role is view.load.role
+            and (before.layout is layout or before.layout == layout)
+        ):
+            return before  # as nearly always: worth not hashing a layout
+        key = (view.load.role, layout)
         if key not in self._groups:
             self._groups[key] = Group(*key)
         return self._groups[key]

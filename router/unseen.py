@@ -28,6 +28,7 @@ class Unseen:
 
     def __init__(self) -> None:
         self._placements: dict[HandoffId, _Placement] = {}
+        self._pending: Pending | None = Pending()  # their sum, until it changes
         self._num_loads = 0
 
     def __len__(self) -> int:
@@ -36,14 +37,17 @@ class Unseen:
     @property
     def pending(self) -> Pending:
         """Their sum."""
-        shares = [placement.share for placement in self._placements.values()]
-        return Pending(
-            len(shares), sum([share.prompt_tokens for share in shares]), sum([share.num_blocks for share in shares])
-        )
+        if self._pending is None:
+            shares = [placement.share for placement in self._placements.values()]
+            self._pending = Pending(
+                len(shares), sum([share.prompt_tokens for share in shares]), sum([share.num_blocks for share in shares])
+            )
+        return self._pending
 
     def place(self, id: HandoffId, share: Pending) -> None:
         """`share` is on its way to the worker."""
         self._placements[id] = _Placement(share)
+        self._pending = None
 
     def acknowledged(self, id: HandoffId) -> None:
         """The worker has it."""
@@ -54,11 +58,15 @@ class Unseen:
     def load_arrived(self) -> None:
         """The worker has said what it does."""
         self._num_loads += 1
+        if not self._placements:
+            return
         for id in [id for id, placement in self._placements.items() if placement.visible_at == self._num_loads]:
-            del self._placements[id]
+            self.forget(id)
 
     def forget(self, id: HandoffId) -> None:
-        self._placements.pop(id, None)
+        if self._placements.pop(id, None) is not None:
+            self._pending = None
 
     def clear(self) -> None:
         self._placements.clear()
+        self._pending = None

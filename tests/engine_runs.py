@@ -64,7 +64,7 @@ def run(engine: Engine, sequences: Iterable[Sequence], max_steps: int = 2000) ->
 
 
 def output(sequence: Sequence) -> list[int]:
-    return sequence.token_ids[sequence.num_prompt_tokens :]
+    return list(sequence.token_ids[sequence.num_prompt_tokens :])
 
 
 def check_parity(model_dir: Path, sequences: Iterable[Sequence], label: str) -> None:

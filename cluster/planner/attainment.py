@@ -49,18 +49,17 @@ class Outcomes:
     """What became of the requests of one run, in order of arrival.
 
     `end_s` is when a request left: its last token, its refusal, its failure; `inf` if it was still there when the run
-    ended. `slo_class` is the index of its SLO class; `None` where there is one. `weight` is what a request counts for;
-    `None` is one each. `controls` are columns of what the simulator drew for each request less its *exactly* known mean
-    (as the prompt's length over the mean length, less one); with them a draw that happened to be heavier than the
-    workload is corrected for, and a load that drifts is told from a system that does not keep up. `ttft_used` and
-    `tpot_used` are what was taken over what was allowed, `inf` for what never came; they tell how far off a target is.
+    ended. `slo_class` is the index of its SLO class; `None` where there is one. `controls` are columns of what the
+    simulator drew for each request less its *exactly* known mean (as the prompt's length over the mean length, less
+    one); with them a draw that happened to be heavier than the workload is corrected for, and a load that drifts is
+    told from a system that does not keep up. `ttft_used` and `tpot_used` are what was taken over what was allowed,
+    `inf` for what never came; they tell how far off a target is.
     """
 
     arrival_s: FloatArray
     end_s: FloatArray
     ttft_ok: BoolArray
     tpot_ok: BoolArray
-    weight: FloatArray | None = None
     controls: tuple[FloatArray, ...] = ()
     slo_class: IntArray | None = None
     ttft_used: FloatArray | None = None
@@ -68,7 +67,7 @@ class Outcomes:
     flow: Flow = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        optional = (self.weight, self.slo_class, self.ttft_used, self.tpot_used)
+        optional = (self.slo_class, self.ttft_used, self.tpot_used)
         for column in (self.end_s, self.ttft_ok, self.tpot_ok, *optional, *self.controls):
             if column is not None and len(column) != len(self.arrival_s):
                 raise ConfigError(f"outcomes: {len(self.arrival_s)} arrivals, but {len(column)} values; give one each")
@@ -85,22 +84,20 @@ class Outcomes:
 
     def share(self, slo_class: int | None = None) -> float:
         """Of all requests of a class, or of all classes, that met both targets; 1 where there are none."""
-        weight = np.ones(len(self)) if self.weight is None else self.weight
+        ok = self.ok
         if slo_class is not None and self.slo_class is not None:
-            weight = weight * (self.slo_class == slo_class)
-        return float(self.ok @ weight) / float(weight.sum()) if weight.any() else 1.0
+            ok = ok[self.slo_class == slo_class]
+        return float(ok.mean()) if ok.size else 1.0
 
 
 class OutcomeLog:
-    """Collects outcomes one by one, in any order, in eight numbers each."""
+    """Collects outcomes one by one, in any order, in seven numbers each."""
 
     def __init__(self) -> None:
         self._numbers = array("d")
         self._flags = array("q")
 
-    def add(
-        self, timing: RequestTiming, slo: SLO, *, failed: bool = False, weight: float = 1.0, slo_class: int = 0
-    ) -> None:
+    def add(self, timing: RequestTiming, slo: SLO, *, failed: bool = False, slo_class: int = 0) -> None:
         """`failed` is a request that got tokens but not all of them; one that was refused has no first token anyway."""
         ttft_ms, tpot_ms = timing.ttft_ms(), timing.tpot_ms()
         is_lost = failed or ttft_ms is None
@@ -110,21 +107,20 @@ class OutcomeLog:
         tpot_ok = not is_lost and (tpot_ms is None or tpot_ms <= slo.tpot_ms)
         self._flags.extend((ttft_ok, tpot_ok, slo_class))
         end_s = math.inf if timing.end_s is None else timing.end_s
-        self._numbers.extend((timing.scheduled_s, end_s, weight, ttft_used, tpot_used))
+        self._numbers.extend((timing.scheduled_s, end_s, ttft_used, tpot_used))
 
     def outcomes(self, controls: Sequence[FloatArray] = ()) -> Outcomes:
         """All so far. `controls` are in the order of arrival."""
-        numbers = np.array(self._numbers, dtype=np.float64).reshape(-1, 5)
+        numbers = np.array(self._numbers, dtype=np.float64).reshape(-1, 4)
         flags = np.array(self._flags, dtype=np.int64).reshape(-1, 3)
         order = np.argsort(numbers[:, 0], kind="stable")
-        arrival_s, end_s, weight, ttft_used, tpot_used = numbers[order].T
+        arrival_s, end_s, ttft_used, tpot_used = numbers[order].T
         ttft_ok, tpot_ok, slo_class = flags[order].T
         return Outcomes(
             arrival_s,
             end_s,
             ttft_ok.astype(np.bool_),
             tpot_ok.astype(np.bool_),
-            weight=None if (weight == 1.0).all() else weight,
             controls=tuple(controls),
             slo_class=slo_class,
             ttft_used=ttft_used,
@@ -155,8 +151,8 @@ class Attainment:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Judged:
-    """What is judged of a run: its requests of one class without the run's ends. `hits` are weighted, over the mean
-    weight; `gaps` are the times since the request before, of any class."""
+    """What is judged of a run: its requests of one class without the run's ends. `gaps` are the times since the
+    request before, of any class."""
 
     hits: FloatArray
     misses: FloatArray
@@ -190,10 +186,8 @@ def judge(runs: Sequence[Outcomes], slo_class: int | None = None) -> list[Judged
             start = min(int(np.searchsorted(outcomes.arrival_s, early_s)), int(MAX_TAIL_SHARE * num))
         spans.append((start, max(last, math.ceil((1 - MAX_TAIL_SHARE) * num))))
     chosen = [_chosen(outcomes, first, last, slo_class) for outcomes, (first, last) in zip(runs, spans, strict=True)]
-    weights = np.concatenate([_weights(outcomes)[rows] for outcomes, rows in zip(runs, chosen, strict=True)])
-    mean_weight = float(weights.mean()) if len(weights) else 1.0
     return [
-        _judged(outcomes, rows, mean_weight, first, len(outcomes) - last)
+        _judged(outcomes, rows, first, len(outcomes) - last)
         for outcomes, rows, (first, last) in zip(runs, chosen, spans, strict=True)
     ]
 
@@ -206,13 +200,12 @@ def _chosen(outcomes: Outcomes, first: int, last: int, slo_class: int | None) ->
     return of_class
 
 
-def _judged(outcomes: Outcomes, span: IntArray, mean_weight: float, num_early: int, num_late: int) -> Judged:
-    weight = _weights(outcomes)[span] / mean_weight
+def _judged(outcomes: Outcomes, span: IntArray, num_early: int, num_late: int) -> Judged:
     return Judged(
-        hits=outcomes.ok[span] * weight,
-        misses=~outcomes.ok[span] * weight,
-        ttft=outcomes.ttft_ok[span] * weight,
-        tpot=outcomes.tpot_ok[span] * weight,
+        hits=outcomes.ok[span].astype(np.float64),
+        misses=(~outcomes.ok[span]).astype(np.float64),
+        ttft=outcomes.ttft_ok[span].astype(np.float64),
+        tpot=outcomes.tpot_ok[span].astype(np.float64),
         backlog=outcomes.flow.backlog[span],
         gaps=np.diff(outcomes.arrival_s, prepend=0.0)[span],
         controls=tuple(column[span] for column in outcomes.controls),
@@ -221,10 +214,6 @@ def _judged(outcomes: Outcomes, span: IntArray, mean_weight: float, num_early: i
         num_early=num_early,
         num_late=num_late,
     )
-
-
-def _weights(outcomes: Outcomes) -> FloatArray:
-    return np.ones(len(outcomes)) if outcomes.weight is None else outcomes.weight
 
 
 def measure(runs: Sequence[Outcomes], slo_class: int | None = None) -> Attainment:

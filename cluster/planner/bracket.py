@@ -1,9 +1,10 @@
 """How much one set-up takes, from a few short runs: rates up and down until the edge lies between two of them.
 
-A run meets the targets or not, and by how much (`View.stretch`); the edge is interpolated. Short runs start empty and
-flatter a system, and one run each is one draw: enough to see which set-ups are far from the best, and where a search
-with an interval of its own should begin. The interval here is the two rates around the edge, widened by a tenth each.
-Knows nothing of who runs what it asks for.
+A run meets the targets or not, and by how much (`View.stretch`); the edge is interpolated. A run that was too short to
+show that the system keeps up is done again, longer; only where it cannot be made long enough its rate counts as too
+much. Short runs start empty and flatter a system, and one run each is one draw: enough to see which set-ups are far
+from the best, and where a search with an interval of its own should begin. The interval here is the two rates around
+the edge, widened by a tenth each. Knows nothing of who runs what it asks for.
 """
 
 from __future__ import annotations
@@ -25,25 +26,52 @@ FAR_STRETCH = 3.0
 """Beyond saturation a queue grows for as long as the run lasts; how far says nothing."""
 
 MARGIN = 1.1
+SPARE_LENGTH = 1.1
+SURER = 4
+"""So many times the requests, where a miss may be chance and would end everything."""
 
 
 class Bracket:
     """The runs of one set-up. `step` is how far apart the first rates are, `narrow` when the edge is known."""
 
-    def __init__(self, setup: Setup, guess: float, share: float, *, step: float = 1.5, narrow: float = 1.12) -> None:
+    def __init__(self, setup: Setup, guess: float, *, step: float = 1.5, narrow: float = 1.12) -> None:
         self.setup = setup
         self.views: dict[float, View] = {}
         self.is_infeasible = False
+        self._num_requests = 0
+        self._num_runs = 0
+        self._needed_s = 0.0
+        self._needed_requests = 0
+        self._is_lost = False
         self._guess = guess
-        self._share = share
         self._step = step
         self._narrow = narrow
         self._vanishing: float | None = None
 
-    def add(self, rate: float, view: View) -> None:
+    def add(self, rate: float, view: View, most_requests: int = 0) -> None:
+        """A run that should have been longer counts only if it could not be, with `most_requests` for a run."""
+        self._num_requests += view.num_requests
+        self._num_runs += 1
+        is_vanishing = rate == self._vanishing and view.stretch > 1
+        needed = round(SPARE_LENGTH * view.needed_s * rate)
+        if view.num_requests < needed <= most_requests:
+            self._needed_s = SPARE_LENGTH * view.needed_s
+            return
+        if is_vanishing and not view.is_sure and not self._needed_requests and view.num_requests < most_requests:
+            self._needed_requests = min(SURER * view.num_requests, most_requests)
+            return
         self.views[rate] = view
-        if rate == self._vanishing and view.stretch > 1:
-            self.is_infeasible = True
+        self.is_infeasible |= is_vanishing and view.is_sure
+        self._is_lost |= is_vanishing
+
+    def at_least(self, rate: float) -> int:
+        """How many requests a run at that rate must have to tell anything, as far as that is known."""
+        return max(round(self._needed_s * rate), self._needed_requests)
+
+    @property
+    def needed_requests(self) -> int:
+        """What a run would have needed to tell whether the lowest rate that counts as too high is; 0 if it told it."""
+        return round(SPARE_LENGTH * self.views[self.above].needed_s * self.above) if self.above < math.inf else 0
 
     @property
     def above(self) -> float:
@@ -80,7 +108,7 @@ class Bracket:
     def is_done(self, narrow: float | None = None) -> bool:
         """`narrow` may ask for less than this bracket was made for."""
         is_narrow = self.below > 0 and self.above <= self.below * max(self._narrow, narrow or 0.0)
-        return self.is_infeasible or is_narrow or len(self.views) >= MAX_PROBES
+        return self._is_lost or is_narrow or len(self.views) >= MAX_PROBES
 
     def next_rate(self) -> float:
         """The rate to run next."""
@@ -105,17 +133,17 @@ class Bracket:
 
     def goodput(self) -> Goodput:
         """What the runs amount to."""
-        views = self.views
-        num_requests = sum(view.num_requests for view in views.values())
+        views, num_requests, num_runs = self.views, self._num_requests, self._num_runs
         probes = tuple((rate, views[rate].attainment) for rate in sorted(views))
         if self.is_infeasible:
-            lowest = probes[0][1]
-            shares = {"TTFT": lowest.ttft, "TPOT": lowest.tpot}
-            failing = " and ".join(name for name, share in shares.items() if share < self._share) or "TTFT and TPOT"
-            reason = f"{failing} is missed even at {probes[0][0]:.3g} requests/s, where requests hardly meet"
-            return Goodput(0.0, 0.0, 0.0, lowest, num_requests, len(views), probes, reason, failing)
+            lowest, view = probes[0][0], views[probes[0][0]]
+            failing = view.failing or "TTFT and TPOT"
+            reason = f"{failing} is missed even at {lowest:.3g} requests/s, where requests hardly meet"
+            return Goodput(0.0, 0.0, 0.0, view.attainment, num_requests, num_runs, probes, reason, failing)
         rate = self.below
         low, high = rate / MARGIN, self.above * MARGIN
-        reason = f"seen early: {len(views)} short runs at different rates"
+        reason = f"seen early: {num_runs} short runs at different rates"
+        if not rate:
+            reason = f"{num_runs} short runs found no rate that holds the targets, the lowest at {probes[0][0]:.3g}/s"
         at_rate = views[rate].attainment if rate else probes[0][1]
-        return Goodput(rate, low, high, at_rate, num_requests, len(views), probes, reason)
+        return Goodput(rate, low, high, at_rate, num_requests, num_runs, probes, reason)

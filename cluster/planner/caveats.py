@@ -15,6 +15,9 @@ from pdserve.proto.types import Role
 
 MAX_EXTRAPOLATIONS = 5
 LARGE_ERROR = 0.15
+MOST_EFFORT = "thorough"
+ROUTER_TOKENS_PER_S = 12_000.0
+"""Of one process on one core (`bench/scale.py --only process`)."""
 
 
 def caveats(
@@ -23,8 +26,9 @@ def caveats(
     best: int | None,
     profiles: Mapping[str, Profile],
     choices: Choices,
+    effort: str = "",
 ) -> tuple[str, ...]:
-    """A line each, the gravest first. `best` is the finding that is recommended."""
+    """A line each, the gravest first. `best` is the finding that is recommended; `effort` names what was spent."""
     used = [profiles[name] for name in dict.fromkeys(name for one in findings for name in one.setup.profiles.values())]
     lines = [line for profile in used for line in _of_profile(profile, findings)]
     beyond = searched.extrapolated
@@ -33,16 +37,21 @@ def caveats(
         lines.append(f"beyond what was measured: {len(beyond) - MAX_EXTRAPOLATIONS} more figures")
     if best is not None:
         lines += _of_best(findings[best], choices)
-    unfinished = [one.setup.name for one in findings if one.is_refined and "budget" in one.goodput.reason]
+    more = "--max-requests" if effort == MOST_EFFORT else f"--effort {MOST_EFFORT}"
+    unfinished = [one.setup.name for one in findings if one.is_refined and one.goodput.is_spent]
     if unfinished:
         lines.append(
             f"{', '.join(dict.fromkeys(unfinished))}: the requests to simulate were spent before the interval was "
-            "narrow; --effort thorough narrows it"
+            f"narrow; {more} narrows it"
+        )
+    if searched.least_requests:
+        lines.append(
+            "runs were too short to show that every set-up keeps up; rates at which it may do so counted as too high; "
+            f"--max-requests {searched.least_requests} makes them long enough"
         )
     if searched.num_left_out:
         lines.append(
-            f"{searched.num_left_out} set-ups were left out by a guess from mean lengths; "
-            "--effort thorough or --splits tries more"
+            f"{searched.num_left_out} set-ups were left out by a guess from mean lengths; {more} or --splits tries more"
         )
     return tuple(lines)
 
@@ -66,6 +75,12 @@ def _of_profile(profile: Profile, findings: Sequence[Finding]) -> list[str]:
 
 def _of_best(finding: Finding, choices: Choices) -> list[str]:
     setup, lines = finding.setup, []
+    tokens_per_s = 0.0 if finding.picture is None else finding.picture.output_tokens_per_s
+    if tokens_per_s > ROUTER_TOKENS_PER_S:
+        lines.append(
+            f"the router is not part of the simulation, and {tokens_per_s:,.0f} tokens/s are more than one router "
+            f"process delivers (about {ROUTER_TOKENS_PER_S:,.0f}, docs/scale.md)"
+        )
     if setup.tensor_parallel_size > 1:
         lines.append(
             f"this version cannot start workers of tensor-parallel degree {setup.tensor_parallel_size}; "

@@ -5,7 +5,6 @@ Knows nothing of what happens.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 from heapq import heappop, heappush
@@ -18,7 +17,7 @@ class Clock:
     def __init__(self) -> None:
         self.now_s = 0.0
         self._events: list[tuple[float, int, Callable[..., object], tuple[Any, ...]]] = []
-        self._numbers = itertools.count()
+        self._num_asked = 0
 
     @property
     def next_s(self) -> float:
@@ -27,10 +26,21 @@ class Clock:
 
     def at(self, moment_s: float, call: Callable[..., object], *arguments: Any) -> None:
         """Call it at that moment, which is not past."""
-        heappush(self._events, (moment_s, next(self._numbers), call, arguments))
+        self._num_asked = number = self._num_asked + 1
+        heappush(self._events, (moment_s, number, call, arguments))
 
     def after(self, delay_s: float, call: Callable[..., object], *arguments: Any) -> None:
-        heappush(self._events, (self.now_s + delay_s, next(self._numbers), call, arguments))
+        self._num_asked = number = self._num_asked + 1
+        heappush(self._events, (self.now_s + delay_s, number, call, arguments))
+
+    def number(self) -> int:
+        """A place in line, for who may ask later."""
+        self._num_asked += 1
+        return self._num_asked
+
+    def at_place(self, moment_s: float, number: int, call: Callable[..., object], *arguments: Any) -> None:
+        """As if it had been asked for when the place in line was taken."""
+        heappush(self._events, (moment_s, number, call, arguments))
 
     def skip_to(self, moment_s: float) -> None:
         """Something from outside happens at that moment, before the next event."""

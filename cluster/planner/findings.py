@@ -51,13 +51,12 @@ class Setup:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One SLO class: `share` of its requests are to meet both targets. `weight` is what its requests count for."""
+    """One SLO class: `share` of its requests are to meet both targets."""
 
     name: str
     ttft_ms: float
     tpot_ms: float
     share: float
-    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +85,11 @@ class Picture:
 
 
 QUANTILES = (*(step / 100 for step in range(1, 100)), 0.995, 0.999)
+
+
+def at(values: tuple[float, ...], share: float) -> float:
+    """The value at one of `QUANTILES`."""
+    return values[QUANTILES.index(share)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +126,8 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What was asked, in words and figures. `profiles` is each one's name and where its step times are from."""
+    """What was asked, in words and figures. `profiles` is each one's name and where its step times are from;
+    `are_profiles_told` where set-ups differ in them, in hardware or in nothing else that is shown."""
 
     num_gpus: float
     targets: tuple[Target, ...]
@@ -132,6 +137,7 @@ class Question:
     profiles: tuple[str, ...]
     seed: int
     precision: float
+    are_profiles_told: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """Timed steps to what a profile needs of them: coefficients of both phases, their overlap, errors, bounds, gaps.
 
-Steps of one phase alone fit that phase (`phase_fit`); mixed steps then fit the one coefficient that is left. Errors
+Steps of one phase alone fit that phase (`phase_fit`); mixed steps then fit the two coefficients that are left. Errors
 are relative and on held-out samples. What was measured too thinly is named, in words that say what to time. Knows
 nothing of how steps are timed, and nothing of a profile beyond its step times.
 """
@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,14 +18,19 @@ from pdserve.cluster.planner.phase_fit import (
     NUM_FOLDS,
     REWEIGHTINGS,
     FittedRegion,
+    Flags,
     Floats,
     Shapes,
     distinct_shapes,
     fit_phase,
     huber_weights,
+    mean_residual,
+    nnls,
     varies_apart,
+    weights_of,
 )
 from pdserve.cluster.planner.profile import (
+    Contention,
     DecodeRegion,
     Domain,
     FitError,
@@ -33,7 +39,7 @@ from pdserve.cluster.planner.profile import (
     Range,
     region_bounds,
 )
-from pdserve.cluster.planner.step_model import Phase, Region, mixing
+from pdserve.cluster.planner.step_model import Phase, Region, decode_phase, mixing, prefill_phase
 from pdserve.cluster.planner.step_shape import StepShape
 from pdserve.proto.errors import ConfigError
 
@@ -41,12 +47,24 @@ MIN_SHAPES = 5
 """Distinct shapes below which a region is called thin."""
 
 
+CONTENTION_ROUNDS = 3
+MIN_BUSY_SPREAD = 0.1
+"""Standard deviation of the share of company below which nothing can be said of what it costs."""
+
+MAX_CONTENTION = 1.0
+
+
 @dataclass(frozen=True, slots=True)
 class StepSample:
-    """One timed step."""
+    """Timed steps of like shape: their mean, and how many they are.
+
+    `busy` is the share of that time in which the machine's other workers computed.
+    """
 
     shape: StepShape
     duration_s: float
+    busy: float = 0.0
+    num_steps: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,26 +74,71 @@ class StepFit:
     prefill: tuple[PrefillRegion, ...]
     decode: tuple[DecodeRegion, ...]
     mixed: MixedSteps
+    contention: Contention | None
     domain: Domain
     thin: tuple[str, ...]
 
 
 def fit_steps(samples: Sequence[StepSample]) -> StepFit:
-    """Coefficients for both phases and their overlap in mixed steps.
+    """Coefficients for both phases, their overlap in mixed steps, and what other workers add to a step.
+
+    The two depend on each other: steps are fitted as if they had been taken alone, then what is left of those beside
+    others is their price, and again.
 
     Raises:
         ConfigError: a sample is no timed step, or one phase has no step of its own.
     """
     _check(samples)
-    shapes = [sample.shape for sample in samples]
-    seconds = [sample.duration_s for sample in samples]
-    prefill = _alone("prefill", ((s[0], s[1], t) for s, t in zip(shapes, seconds, strict=True) if not s.num_decodes))
-    decode = _alone("decode", ((s[2], s[3], t) for s, t in zip(shapes, seconds, strict=True) if not s[0]))
+    fit = _fit_alone(samples)
+    for _ in range(CONTENTION_ROUNDS):
+        contention = _fit_contention(samples, fit)
+        if contention is None:
+            break
+        fit = replace(_fit_alone([_alone_sample(sample, contention) for sample in samples]), contention=contention)
+    return fit
+
+
+def _alone_sample(sample: StepSample, contention: Contention) -> StepSample:
+    slower = contention.prefill if sample.shape.num_prefill_tokens else contention.decode
+    return replace(sample, duration_s=sample.duration_s / (1.0 + slower * sample.busy))
+
+
+def _fit_contention(samples: Sequence[StepSample], fit: StepFit) -> Contention | None:
+    """`None` where steps with and without company were not both seen."""
+    prefill, decode = prefill_phase(fit.prefill), decode_phase(fit.decode)
+    pure = [sample for sample in samples if not (sample.shape.num_prefill_tokens and sample.shape.num_decodes)]
+    seen: dict[bool, list[tuple[float, float, float]]] = {True: [], False: []}
+    for sample in pure:
+        tokens, pairs, batch, context_tokens = sample.shape
+        alone_s = prefill.seconds(tokens, pairs) if tokens else decode.seconds(batch, context_tokens)
+        seen[bool(tokens)].append((sample.busy, sample.duration_s / alone_s, sample.num_steps))
+    slower = {is_prefill: _slope(points) for is_prefill, points in seen.items()}
+    if slower[True] is None and slower[False] is None:
+        return None
+    return Contention(prefill=slower[True] or 0.0, decode=slower[False] or 0.0)
+
+
+def _slope(points: Sequence[tuple[float, float, float]]) -> float | None:
+    """Of a line through ratios over busy shares, by its value at 0; `None` where the shares are all alike."""
+    if len(points) < MIN_SHAPES:
+        return None
+    busy, ratios, counts = np.array(points, dtype=np.float64).T
+    if float(np.std(busy)) < MIN_BUSY_SPREAD:
+        return None
+    slope, alone = np.polyfit(busy, np.clip(ratios, 0.5, 2.0), 1, w=np.sqrt(weights_of(counts)))
+    return min(MAX_CONTENTION, max(0.0, float(slope / alone))) if alone > 0 else None
+
+
+def _fit_alone(samples: Sequence[StepSample]) -> StepFit:
+    """As if no sample had company."""
+    times = [(sample.shape, sample.duration_s, sample.num_steps) for sample in samples]
+    prefill = _alone("prefill", ((s[0], s[1], seconds, count) for s, seconds, count in times if not s.num_decodes))
+    decode = _alone("decode", ((s[2], s[3], seconds, count) for s, seconds, count in times if not s[0]))
     prefill_parts, decode_parts = fit_phase(prefill), fit_phase(decode)
-    mixed = _fit_overlap(samples, _phase(prefill_parts), _phase(decode_parts))
+    mixed = _fit_mixed(samples, _phase(prefill_parts), _phase(decode_parts))
     thin = [*_thin("prefill", "tokens", prefill_parts), *_thin("decode", "sequences", decode_parts)]
     if not mixed.num_samples:
-        thin.append("mixed steps: none timed; overlap 0 is assumed")
+        thin.append("mixed steps: none timed; the sum of both phases is assumed")
     domain = Domain(
         chunk_tokens=_range(prefill.units),
         context_tokens=_range(prefill.loads / prefill.units),
@@ -86,6 +149,7 @@ def fit_steps(samples: Sequence[StepSample]) -> StepFit:
         tuple(prefill_region(part.region, _part_error(part)) for part in prefill_parts),
         tuple(decode_region(part.region, _part_error(part)) for part in decode_parts),
         mixed,
+        None,
         domain,
         tuple(thin),
     )
@@ -100,7 +164,7 @@ def _check(samples: Sequence[StepSample]) -> None:
             raise ConfigError(f"samples.{number}: {tuple(shape)} is no shape of a step")
 
 
-def _alone(phase: str, points: Iterator[tuple[float, float, float]]) -> Shapes:
+def _alone(phase: str, points: Iterator[tuple[float, float, float, int]]) -> Shapes:
     shapes = distinct_shapes(points)
     if not len(shapes):
         raise ConfigError(f"samples: none is a {phase} step alone; time some steps without the other phase")
@@ -111,38 +175,67 @@ def _phase(parts: Sequence[FittedRegion]) -> Phase:
     return Phase(part.region for part in parts)
 
 
-def _fit_overlap(samples: Sequence[StepSample], prefill: Phase, decode: Phase) -> MixedSteps:
-    """The share of the smaller part that does not add to the larger one; where no mixed step was timed, 0."""
-    mixed = [(s.shape, s.duration_s) for s in samples if s.shape.num_prefill_tokens and s.shape.num_decodes]
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """Mixed steps: seconds of the larger phase, what the smaller one adds at most, what was measured; how many."""
+
+    larger: Floats
+    smaller: Floats
+    measured: Floats
+    counts: Floats
+
+    def take(self, chosen: Flags) -> _Parts:
+        return _Parts(self.larger[chosen], self.smaller[chosen], self.measured[chosen], self.counts[chosen])
+
+    def ratios(self, mix: _Mix) -> Floats:
+        """Of predicted to measured."""
+        predicted: Floats = (self.larger + mix.exposed * self.smaller + mix.extra_s) / self.measured
+        return predicted
+
+
+class _Mix(NamedTuple):
+    """`exposed` of the smaller part adds to the larger one, and `extra_s` on top."""
+
+    exposed: float
+    extra_s: float
+
+
+def _fit_mixed(samples: Sequence[StepSample], prefill: Phase, decode: Phase) -> MixedSteps:
+    """Where no mixed step was timed, both parts add up and no more."""
+    mixed = [s for s in samples if s.shape.num_prefill_tokens and s.shape.num_decodes]
     if not mixed:
         return MixedSteps()
     mixer = mixing(prefill, decode)
-    parts = np.array(
-        [
-            (*mixer.parts(prefill.seconds(tokens, pairs), decode.seconds(batch, context_tokens)), seconds)
-            for (tokens, pairs, batch, context_tokens), seconds in mixed
-        ]
-    )
-    larger, smaller = parts[:, 0] / parts[:, 2], parts[:, 1] / parts[:, 2]
-    errors = np.full(larger.size, math.nan)
-    folds = np.arange(larger.size) % NUM_FOLDS
-    for fold in range(min(NUM_FOLDS, larger.size) if larger.size > 1 else 0):
+    rows = [
+        (*mixer.parts(prefill.seconds(*s.shape[:2]), decode.seconds(*s.shape[2:])), s.duration_s, s.num_steps)
+        for s in mixed
+    ]
+    parts = _Parts(*np.array(rows).T)
+    errors = np.full(len(rows), math.nan)
+    folds = np.arange(len(rows)) % NUM_FOLDS
+    for fold in range(min(NUM_FOLDS, len(rows)) if len(rows) > 1 else 0):
         held = folds == fold
-        exposed = _exposed(larger[~held], smaller[~held])
-        errors[held] = np.abs(larger[held] + exposed * smaller[held] - 1.0)
-    return MixedSteps(overlap=1.0 - _exposed(larger, smaller), **_fit_error(errors, larger.size).model_dump())
+        errors[held] = np.abs(parts.take(held).ratios(_mix(parts.take(~held))) - 1.0)
+    mix = _mix(parts)
+    return MixedSteps(overlap=1.0 - mix.exposed, extra_s=mix.extra_s, **_fit_error(errors, len(rows)).model_dump())
 
 
-def _exposed(larger: Floats, smaller: Floats) -> float:
-    """The weight in [0, 1] of the smaller parts, reweighted as a phase is. Parts are shares of the measured time."""
-    weights, exposed = np.ones(larger.size), 1.0
+def _mix(parts: _Parts) -> _Mix:
+    """Both coefficients at least 0 and `exposed` at most 1, reweighted and raised to the mean as a phase is."""
+    shares = np.column_stack([parts.smaller, np.ones_like(parts.smaller)]) / parts.measured[:, None]
+    rest = 1.0 - parts.larger / parts.measured
+    counts = weights_of(parts.counts)
+    weights, mix = np.ones(rest.size), _Mix(1.0, 0.0)
     for _ in range(REWEIGHTINGS):
-        size = float((weights * smaller * smaller).sum())
-        if size == 0.0:
-            return 1.0
-        exposed = min(1.0, max(0.0, float((weights * smaller * (1.0 - larger)).sum()) / size))
-        weights = huber_weights(np.abs(larger + exposed * smaller - 1.0))
-    return exposed
+        roots = np.sqrt(weights * counts)
+        exposed, extra_s = (float(value) for value in nnls(shares * roots[:, None], rest * roots))
+        if exposed > 1.0:
+            extra = roots * shares[:, 1]
+            exposed, extra_s = 1.0, max(0.0, float(extra @ (roots * (rest - shares[:, 0])) / (extra @ extra)))
+        mix = _Mix(exposed, extra_s)
+        weights = huber_weights(np.abs(parts.ratios(mix) - 1.0))
+    missing_s = mean_residual(1.0 / parts.ratios(mix), counts) / float(np.average(shares[:, 1], weights=counts))
+    return _Mix(mix.exposed, max(0.0, mix.extra_s + missing_s))
 
 
 def _thin(phase: str, unit: str, parts: Sequence[FittedRegion]) -> Iterator[str]:

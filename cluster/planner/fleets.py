@@ -71,6 +71,18 @@ class Limit:
             what = "--gpus" if self.num_gpus is not None else "--price-per-hour"
             raise ConfigError(f"{what}: {given[0]:g} leaves nothing to plan with; give a positive number")
 
+    def check_size(self, least_share: float) -> None:
+        """
+        Raises:
+            ConfigError: it is enough for more workers of a kind than are planned as one.
+        """
+        if (num_workers := math.floor(1 / least_share + 1e-9)) > MAX_WORKERS:
+            what = "--gpus" if self.num_gpus is not None else "--price-per-hour"
+            raise ConfigError(
+                f"{what}: enough for {num_workers} workers of a kind, more than the {MAX_WORKERS} that are planned as "
+                "one; plan one cell of the fleet, and run as many of them (docs/scale.md)"
+            )
+
 
 def fleets_of(common: Sequence[Profile], by_role: Mapping[Role, Sequence[Profile]]) -> tuple[Fleet, ...]:
     """One for each tensor-parallel degree; where roles have hardware of their own and mixed workers were not said, each
@@ -80,16 +92,16 @@ def fleets_of(common: Sequence[Profile], by_role: Mapping[Role, Sequence[Profile
         ConfigError: profiles that cannot be compared, or a degree with one side only.
     """
     everything = [*common, *(profile for some in by_role.values() for profile in some)]
-    _check_comparable(everything)
+    check_comparable(everything)
     fleets: list[Fleet] = []
     for degree in sorted({profile.tensor_parallel_size for profile in everything}):
         shared = _of_degree(common, degree, "")
         own = {role: _of_degree(some, degree, f"{role}=") for role, some in by_role.items()}
         found = {role: own.get(role) or shared for role in Role}
         prefill, decode, mixed = found[Role.PREFILL], found[Role.DECODE], found[Role.MIXED]
+        _check_sides(degree, prefill, decode)
+        _check_sizes(_distinct(prefill, decode, mixed))
         if prefill and decode:
-            if prefill.num_gpus != decode.num_gpus:
-                raise ConfigError(f"{prefill.name} and {decode.name}: num_gpus differ; workers must be of equal size")
             sides = {Role.PREFILL: prefill, Role.DECODE: decode}
             fleets.append(Fleet({**sides, **({Role.MIXED: mixed} if mixed else {})}))
         elif mixed:
@@ -97,6 +109,26 @@ def fleets_of(common: Sequence[Profile], by_role: Mapping[Role, Sequence[Profile
         if not mixed:
             fleets += [Fleet({Role.MIXED: side}) for side in _distinct(prefill, decode)]
     return tuple(fleets)
+
+
+def _check_sides(degree: int, prefill: Profile | None, decode: Profile | None) -> None:
+    """One side alone would be left out of every split, and nobody would see why."""
+    if (prefill is None) == (decode is None):
+        return
+    one, other = (Role.PREFILL, Role.DECODE) if prefill else (Role.DECODE, Role.PREFILL)
+    known = prefill or decode
+    assert known is not None
+    raise ConfigError(
+        f"--profile: {one}={known.name} is of tensor_parallel_size {degree}, and there is no {other} profile of that "
+        f"degree; both sides of a split must have the same: give {other}=FILE of degree {degree}, or leave {one}= away"
+    )
+
+
+def _check_sizes(profiles: Sequence[Profile]) -> None:
+    for profile in profiles[1:]:
+        if profile.num_gpus != profiles[0].num_gpus:
+            names = f"{profiles[0].name} and {profile.name}"
+            raise ConfigError(f"{names}: num_gpus differ; workers must be of equal size")
 
 
 def _distinct(*some: Profile | None) -> list[Profile]:
@@ -114,7 +146,12 @@ def _of_degree(profiles: Sequence[Profile], degree: int, prefix: str) -> Profile
     return fitting[0] if fitting else None
 
 
-def _check_comparable(profiles: Sequence[Profile]) -> None:
+def check_comparable(profiles: Sequence[Profile]) -> None:
+    """
+    Raises:
+        ConfigError: there are none, they are of several models, or different ones have one name, by which results are
+            told apart.
+    """
     if not profiles:
         raise ConfigError("--profile: none was given; see `pdserve profile`")
     first, names = profiles[0], dict[str, Profile]()
@@ -122,7 +159,7 @@ def _check_comparable(profiles: Sequence[Profile]) -> None:
         if profile.model != first.model:
             raise ConfigError(
                 f"--profile: {profile.name} is of the model {profile.model}, {first.name} of {first.model}; "
-                "profiles to choose from must be of one model"
+                "all profiles must be of one model"
             )
         if names.setdefault(profile.name, profile) != profile:
             raise ConfigError(f"--profile: two different profiles are called {profile.name}; rename one")
@@ -132,8 +169,12 @@ def combinations(fleet: Fleet, limit: Limit) -> Iterator[Counts]:
     """All numbers of workers that use up the limit: split ones by their prefill workers, then mixed ones only.
 
     Where only mixed workers differ those with fewer come first.
+
+    Raises:
+        ConfigError: it is enough for more workers of a kind than are planned as one.
     """
     shares = {role: limit.share_of(profile) for role, profile in fleet.profiles.items()}
+    limit.check_size(min(shares.values()))
     if Role.PREFILL in shares:
         for num_mixed in range(_fitting(1.0, shares[Role.MIXED]) + 1 if Role.MIXED in shares else 1):
             left = 1.0 - num_mixed * shares.get(Role.MIXED, 0.0)
@@ -150,8 +191,8 @@ def combinations(fleet: Fleet, limit: Limit) -> Iterator[Counts]:
 
 
 def _fitting(room: float, share: float) -> int:
-    """How many workers of that share; at most what one pool may have."""
-    return max(0, min(MAX_WORKERS, math.floor(room / share + 1e-9)))
+    """How many workers of that share."""
+    return max(0, math.floor(room / share + 1e-9))
 
 
 def parse_split(text: str) -> Counts:

@@ -47,6 +47,9 @@ CONFIDENCE = 0.97
 MIN_COURSES = 4
 """With a budget for fewer, parts of a course are run."""
 
+COMPLETION = "completion"
+"""What is missed where requests fail."""
+
 UNSEEN_PART = 0.5
 """An interval is never narrower than so much of the precision: what short runs and a bent curve do, it does not see."""
 
@@ -57,8 +60,9 @@ class Goodput:
     interval, (0, inf) at worst.
 
     `attainment_at_rate` is that of the runs around the rate. `failing` names the target that cannot be met at any
-    rate. `probes` are all rates that were run, ascending, each with the attainment of its longest runs. `limiting` is
-    the class that falls to its target first, where there are several.
+    rate, `completion` where too many requests failed. `probes` are all rates that were run, ascending, each with the
+    attainment of its longest runs. `limiting` is the class that falls to its target first, where there are several.
+    `is_spent` says that the requests that may be simulated were spent before the interval was narrow.
     """
 
     rate: float
@@ -71,6 +75,7 @@ class Goodput:
     reason: str
     failing: str = ""
     limiting: int | None = None
+    is_spent: bool = False
 
 
 def find_goodput(
@@ -117,13 +122,17 @@ class _Search:
         self.precision = precision
         fits = MIN_COURSES * course_requests <= probes.left
         self.course_requests = course_requests if fits else 0
-        words = f"; a whole course has {course_requests} requests, too many for the budget: these were parts of it"
+        words = (
+            f"; a whole course has {course_requests} requests, too many for the budget: runs were parts of it, or went "
+            "through it faster"
+        )
         self.note = "" if fits else words
         self.bracket = Bracket(probes, targets, precision, self.course_requests)
         self.widest = max(WIDEST, min(0.3, WIDE_PRECISIONS * precision))
         self.unseen = UNSEEN_PART * precision
         self.min_runs = ROUND_RUNS + 1 if precision >= ROUGH else MIN_ROUNDS * ROUND_RUNS
         self.problem = ""
+        self.too_short = 0
         self.flattered: Crossing | None = None
         self.drifts = False
 
@@ -139,7 +148,7 @@ class _Search:
         is_narrow = high <= low * (1 + self.bracket.narrow) ** 2
         spent = "" if is_narrow else f"the budget was spent before the interval was +-{self.precision:.1%}; "
         reason = f"whole courses of {self.course_requests} requests each: the interval is between two that were run"
-        return self._report(min(max(center, low), high), low, high, spent + reason)
+        return self._report(min(max(center, low), high), low, high, spent + reason, is_spent=not is_narrow)
 
     def _refine(self, center: float) -> Goodput:
         """Rounds of runs around the boundary until the interval is narrow enough."""
@@ -163,6 +172,7 @@ class _Search:
             elif verdict is Verdict.TOO_SHORT and center >= before:
                 # Runs that are too short flatter the system: only what they say is too much is too much.
                 first, round_requests, center = len(self.probes.runs), 2 * num_requests, before
+                self.too_short = num_requests
             elif verdict is not Verdict.TOO_SHORT and found is not None and abs(center / before - 1) <= wide / 2:
                 best = found
                 width = (found[0].high - found[0].low) / found[0].rate / (2 * self.precision)
@@ -178,7 +188,9 @@ class _Search:
         """How long the next round's runs are: as wanted, or as is left if that is not too short."""
         shortest = self.bracket.at_least(highest, FIRST_REQUESTS)
         fitting = min(max(shortest, num_requests), self.probes.left // ROUND_RUNS)
-        return fitting if fitting >= shortest else None
+        # Where such as were too short say something, shorter ones, which flatter more, must not have the last word.
+        is_waste = self.flattered is not None and fitting <= self.too_short
+        return fitting if fitting >= shortest and not is_waste else None
 
     def _near(self, center: float, wide: float, first: int) -> list[tuple[float, Outcomes]]:
         low, high = center * (1 - 1.4 * wide), center * (1 + 0.9 * wide)
@@ -236,15 +248,16 @@ class _Search:
         parts, failing = [], set[str]()
         for one, target in zip(self.probes.classes, self.targets, strict=True):
             attainment = measure(runs, one)
-            if attainment.value >= target:
+            # A class that hardly came is not to blame.
+            if not attainment.num_requests or attainment.value >= target:
                 continue
             missed = {name for name, share in (("TTFT", attainment.ttft), ("TPOT", attainment.tpot)) if share < target}
-            failing |= missed or {"TTFT", "TPOT"}
+            failing |= {COMPLETION} if fails(runs, one, target) else missed or {"TTFT", "TPOT"}
             parts.append(
                 f"{'' if one is None else f'class {one}: '}{attainment.value:.1%} instead of {target:.1%} "
                 f"(TTFT is met by {attainment.ttft:.1%}, TPOT by {attainment.tpot:.1%}); {closest(runs, one, target)}"
             )
-        names = " and ".join(sorted(failing, reverse=True))
+        names = " and ".join(sorted(failing, reverse=True)) or "TTFT and TPOT"
         reason = f"no rate will do: {names} fails even for requests that hardly meet ({rate:.3g}/s): {'; '.join(parts)}"
         return self._report(0.0, 0.0, rate, reason, failing=names)
 
@@ -257,7 +270,7 @@ class _Search:
             low, high = self.flattered.low * (1 - self.precision), max(self.flattered.high, rate * (1 + self.unseen))
             known = f"such runs flatter, so the interval goes {self.precision:.0%} further down"
         reason = f"the budget was spent: {self.problem or 'too few requests were left to refine'}; {known}"
-        return self._report(rate, low, high, reason)
+        return self._report(rate, low, high, reason, is_spent=True)
 
     def _refined(self, crossing: Crossing, limiting: int | None, *, is_done: bool) -> Goodput:
         """The curve's interval; that of the bracket where the curve has none."""
@@ -270,26 +283,50 @@ class _Search:
             reason = f"the budget was spent before the interval was +-{self.precision:.1%}; {reason}"
         if self.drifts:
             reason += "; the load changes over a run: attainment is that of whole runs, not of a steady state"
-        return self._report(crossing.rate, low, high, reason, limiting=limiting)
+        return self._report(crossing.rate, low, high, reason, limiting=limiting, is_spent=not is_done)
 
     def _report(
-        self, rate: float, low: float, high: float, reason: str, *, failing: str = "", limiting: int | None = None
+        self,
+        rate: float,
+        low: float,
+        high: float,
+        reason: str,
+        *,
+        failing: str = "",
+        limiting: int | None = None,
+        is_spent: bool = False,
     ) -> Goodput:
         probes = self.probes
-        attainment = measure(probes.around(rate, self.unseen))
-        attainments, reason = probes.attainments(), reason + self.note
         return Goodput(
-            rate, low, high, attainment, probes.num_requests, len(probes.runs), attainments, reason, failing, limiting
+            rate=rate,
+            low=low,
+            high=high,
+            attainment_at_rate=measure(probes.around(rate, self.unseen)),
+            num_requests=probes.num_requests,
+            num_runs=len(probes.runs),
+            probes=probes.attainments(),
+            reason=reason + self.note,
+            failing=failing,
+            limiting=limiting,
+            is_spent=is_spent,
         )
+
+
+def fails(runs: Sequence[Outcomes], slo_class: int | None, target: float) -> bool:
+    """Whether so many requests failed that no target could be met."""
+    columns = [one.ttft_used for one in judge(runs, slo_class) if one.ttft_used is not None]
+    return bool(columns) and float(np.isfinite(np.concatenate(columns)).mean()) < target
 
 
 def closest(runs: Sequence[Outcomes], slo_class: int | None, target: float) -> str:
     """The closest target that these runs do meet, in words."""
-    judged = judge(runs, slo_class)
+    judged = [one for one in judge(runs, slo_class) if len(one)]
+    if not judged:
+        return "nothing is known of it"
     share = float(np.concatenate([one.hits for one in judged]).mean())
     words = f"the closest feasible share is {share:.1%}"
-    for name, used in (("TTFT", "ttft_used"), ("TPOT", "tpot_used")):
-        columns = [getattr(one, used) for one in judged]
+    for name, field in (("TTFT", "ttft_used"), ("TPOT", "tpot_used")):
+        columns = [getattr(one, field) for one in judged]
         if any(column is None for column in columns):
             continue
         times = float(np.quantile(np.concatenate(columns), target, method="higher"))

@@ -8,14 +8,15 @@ Knows nothing of the simulator: it is given what each request saw.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import numpy as np
 
 from pdserve.cluster.planner.findings import QUANTILES, Phase, Picture, Target
+from pdserve.cluster.planner.goodput import COMPLETION
 from pdserve.cluster.planner.stationarity import FloatArray
-from pdserve.proto.types import Role
 
 BEFORE_FIRST_TOKEN = ("admission", "prefill queue", "prefill")
 AFTER_FIRST_TOKEN = ("transfer", "decode queue", "decode")
@@ -23,6 +24,9 @@ PHASES = (*BEFORE_FIRST_TOKEN, *AFTER_FIRST_TOKEN)
 
 WARMUP_SHARE, TAIL_SHARE = 0.3, 0.2
 MAX_STRETCH = 100.0
+
+Work: TypeAlias = tuple[str, float, float]
+"""A worker had a request to compute from a moment to another one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +51,8 @@ class Run:
         self.targets = tuple(targets)
         kept = seen[math.floor(WARMUP_SHARE * len(seen)) : math.ceil((1 - TAIL_SHARE) * len(seen))]
         self.kept = kept
-        self.span_s = max(kept[-1].at_s - kept[0].at_s, 1e-9)
+        self.begin_s, self.end_s = kept[0].at_s, kept[-1].at_s
+        self.span_s = max(self.end_s - self.begin_s, 1e-9)
         self.target = np.array([one.target for one in kept])
         self.ttft_ms = np.array([math.inf if one.ttft_ms is None else one.ttft_ms for one in kept])
         self.tpot_ms = np.array([0.0 if one.tpot_ms is None else one.tpot_ms for one in kept])
@@ -57,6 +62,21 @@ class Run:
         """See `View`. The worst class decides."""
         found = [_quantile(np.maximum(*self._parts(index)), one.share) for index, one in self._classes()]
         return min(MAX_STRETCH, max(found, default=MAX_STRETCH))
+
+    def failing(self) -> str:
+        """What fewer requests of some class meet than should; `completion` where too many failed."""
+        missed = set[str]()
+        for index, target in self._classes():
+            ttft, tpot = self._parts(index)
+            done = ttft < math.inf
+            if done.mean() < target.share:
+                missed.add(COMPLETION)
+                ttft, tpot = ttft[done], tpot[done]
+            parts = {"TTFT": ttft, "TPOT": tpot}
+            found = {name for name, part in parts.items() if part.size and (part <= 1).mean() < target.share}
+            is_joint = not found and done.all() and (np.maximum(ttft, tpot) <= 1).mean() < target.share
+            missed |= {"TTFT", "TPOT"} if is_joint else found
+        return " and ".join(name for name in (COMPLETION, "TTFT", "TPOT") if name in missed)
 
     def nearest(self) -> tuple[Target, ...]:
         """See `View`."""
@@ -134,9 +154,22 @@ def _quantiles(values: FloatArray) -> tuple[float, ...]:
     return tuple(float(value) for value in np.quantile(values, QUANTILES)) if values.size else ()
 
 
-def busy_shares(busy_s: Mapping[str, float], last_arrival_s: float, end_s: float) -> dict[str, float]:
-    """Of each worker, by its name, `ROLE-NUMBER`. Prefill is done soon after the last arrival; decoding goes on to the
-    end of the run."""
-    spans_s = {Role.PREFILL: last_arrival_s}
-    shares = {name: took_s / max(spans_s.get(Role(name.split("-")[0]), end_s), 1e-9) for name, took_s in busy_s.items()}
-    return {name: min(1.0, share) for name, share in shares.items()}
+def busy_shares(workers: Iterable[str], work: Iterable[Work], begin_s: float, end_s: float) -> dict[str, float]:
+    """Of each worker: how much of that time it had something to compute. What it did before is left out, as the system
+    was empty, and so is what it did after the last arrivals: the next requests would have come meanwhile."""
+    by_worker: dict[str, list[tuple[float, float]]] = {name: [] for name in workers}
+    for name, from_s, to_s in work:
+        from_s, to_s = max(from_s, begin_s), min(to_s, end_s)
+        if from_s < to_s and name in by_worker:
+            by_worker[name].append((from_s, to_s))
+    span_s = max(end_s - begin_s, 1e-9)
+    return {name: min(1.0, _covered_s(sorted(some)) / span_s) for name, some in by_worker.items()}
+
+
+def _covered_s(spans: Sequence[tuple[float, float]]) -> float:
+    """How long at least one of them lasts; they are in the order of their beginnings."""
+    total_s, until_s = 0.0, -math.inf
+    for from_s, to_s in spans:
+        total_s += max(0.0, to_s - max(from_s, until_s))
+        until_s = max(until_s, to_s)
+    return total_s

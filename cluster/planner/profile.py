@@ -64,9 +64,13 @@ class DecodeRegion(FitError):
 
 
 class MixedSteps(FitError):
-    """How much of the smaller part of a mixed step hides behind the larger: 0 adds them, 1 hides it all."""
+    """How much of the smaller part of a mixed step hides behind the larger: 0 adds them, 1 hides it all.
+
+    `extra_s` is what such a step takes beyond both.
+    """
 
     overlap: float = Field(default=0.0, ge=0, le=1)
+    extra_s: Seconds = 0.0
     num_samples: int = Field(default=0, ge=0)
 
 
@@ -112,6 +116,16 @@ class Overheads(Section):
     token_s: Seconds = 0.0
 
 
+class Contention(Section):
+    """By which share a step takes longer while all other workers of its machine compute: they share its memory.
+
+    Steps with prefill tokens in them have the price of prefill.
+    """
+
+    prefill: float = Field(ge=0)
+    decode: float = Field(ge=0)
+
+
 class Power(Section):
     """Watts of one worker. `idle_w: null` is not known."""
 
@@ -121,7 +135,10 @@ class Power(Section):
 
 
 class Profile(Section):
-    """One kind of worker. `num_gpus` is of a worker, 0 on a CPU; `flip_s` is without the drain before it."""
+    """One kind of worker. `num_gpus` is of a worker, 0 on a CPU; `flip_s` is without the drain before it.
+
+    Steps are those of a worker that computes alone; with `contention: null` others do not matter.
+    """
 
     format: int
     name: str = Field(min_length=1)
@@ -140,6 +157,7 @@ class Profile(Section):
     domain: Domain
     links: dict[str, LinkCost]
     overheads: Overheads = Overheads()
+    contention: Contention | None = None
     startup_s: Seconds
     flip_s: Seconds
     power: Power | None = None
@@ -184,6 +202,9 @@ def describe_fit(profile: Profile) -> tuple[str, ...]:
     ]
     if profile.mixed.num_samples:
         lines.append(f"mixed, overlap {profile.mixed.overlap:.2f}: {_error_words(profile.mixed)}")
+    slower = profile.contention
+    if slower is not None:
+        lines.append(f"beside busy workers: prefill {slower.prefill:+.0%}, decode {slower.decode:+.0%}")
     return tuple(lines)
 
 

@@ -109,7 +109,7 @@ def _monotone(
     regions = published.regions
     kept = "kept"
     if any(min(region[1:]) < 0 for region in regions):
-        shapes = distinct_shapes((units, load, published.seconds(units, load)) for units, load in grid)
+        shapes = distinct_shapes((units, load, published.seconds(units, load), 1) for units, load in grid)
         regions = tuple(part.region for part in fit_phase(shapes))
         kept = "refitted, one being negative"
     model = Phase(regions)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -45,6 +46,12 @@ LARGE_PROMPT_TOKENS = 1024
 
 HANDOFF_S = {"a100-80gb": 0.008, "h100-80gb": 0.005, "h100-80gb-pcap": 0.005}
 """What a hand-off adds that streaming does not hide: Splitwise (ISCA'24), section VI."""
+
+SYSTEMS = {"a100_sxm": "a100-80gb", "h100_sxm": "h100-80gb", "h200_sxm": "h200"}
+"""AIConfigurator's names of GPUs, as its files carry them."""
+
+SYSTEM_PART = re.compile(rf"(?<![a-z0-9])({'|'.join(SYSTEMS)})(?![a-z0-9])", re.IGNORECASE)
+DEGREE_PART = re.compile(r"(?<![a-z0-9])tp([1-9]\d{0,2})(?![a-z0-9])", re.IGNORECASE)
 
 DERIVED_HARDWARE = frozenset({"h100-80gb-pcap"})
 """Not measured: prompt times are exactly 1.3 times those of the GPU without the cap, all other times equal them."""
@@ -149,13 +156,11 @@ def _power(kind: Kind, runs: Sequence[_Run]) -> Power | None:
     )
 
 
-def aiconfigurator_profiles(
-    lines: Iterable[str], name: str, hardware: str = "h200", tensor_parallel_size: int = 1
-) -> tuple[Conversion, ...]:
-    """One profile for each model of a table of predictions; the table does not name its hardware.
+def aiconfigurator_profiles(lines: Iterable[str], name: str) -> tuple[Conversion, ...]:
+    """One profile for each model of a table of predictions. What it was predicted for is in the file's name alone.
 
     Raises:
-        ConfigError: naming the file, the line and the column.
+        ConfigError: naming the file, the line and the column; or the name says no GPU or degree that is known.
     """
     samples: dict[str, list[StepSample]] = defaultdict(list)
     for row in _rows(lines, name, AICONFIGURATOR_COLUMNS):
@@ -168,11 +173,23 @@ def aiconfigurator_profiles(
         else:
             raise ConfigError(f"{row.where}: phase: {phase!r} is neither prefill nor decode")
         samples[row.text("model")].append(sample)
+    hardware, tensor_parallel_size = _predicted_for(name)
     origin = f"Predicted by AIConfigurator for vLLM with bf16, not measured; {name}."
     return tuple(
         _conversion(Kind(model, hardware, tensor_parallel_size, name), fit_steps(of_model), "predicted", origin)
         for model, of_model in samples.items()
     )
+
+
+def _predicted_for(name: str) -> tuple[str, int]:
+    """GPU and tensor-parallel degree. A guess would give wrong memory, links and steps without a word."""
+    system, degree = SYSTEM_PART.search(name), DEGREE_PART.search(name)
+    if system is None or degree is None:
+        raise ConfigError(
+            f"{name}: the table does not say of which GPU and tensor-parallel degree it is; say so in the file's name, "
+            f"as in aic_h200_sxm_vllm_bf16_tp1.csv; systems: {', '.join(SYSTEMS)}"
+        )
+    return SYSTEMS[system[1].lower()], int(degree[1])
 
 
 def _conversion(

@@ -85,40 +85,34 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Ranked:
-    """A set-up's outcome. `view` is at its rate, or at the lowest one that was run if it has none."""
+    """A set-up's outcome. `view` is at its rate, or at the lowest one that was run if it has none. `failure` says why
+    requests failed where no rate will do."""
 
     setup: Setup
     goodput: Goodput
     is_refined: bool
     view: View | None
+    failure: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Searched:
-    """Best first: what reached the end, then the rest. `num_left_out` set-ups were never run."""
+    """Best first: what reached the end, then the rest. `num_left_out` set-ups were never run. `least_requests` is the
+    effort that would have been needed where runs were too short to show that set-ups keep up; 0 where none were."""
 
     ranked: tuple[Ranked, ...]
     num_requests: int
     num_left_out: int
     extrapolated: tuple[str, ...]
+    least_requests: int = 0
 
 
-def search(
-    candidates: Sequence[Candidate],
-    share: float,
-    evaluate: Evaluate,
-    effort: Effort,
-    seed: int = 0,
-) -> Searched:
-    """`share` is of all requests, those that are to meet their targets."""
-    return _Search(candidates, share, evaluate, effort, seed).run()
+def search(candidates: Sequence[Candidate], evaluate: Evaluate, effort: Effort, seed: int = 0) -> Searched:
+    return _Search(candidates, evaluate, effort, seed).run()
 
 
 class _Search:
-    def __init__(
-        self, candidates: Sequence[Candidate], share: float, evaluate: Evaluate, effort: Effort, seed: int
-    ) -> None:
-        self._share = share
+    def __init__(self, candidates: Sequence[Candidate], evaluate: Evaluate, effort: Effort, seed: int) -> None:
         self._evaluate = evaluate
         self._effort = effort
         self._seed = seed
@@ -156,10 +150,14 @@ class _Search:
     def _length(self, setup: Setup, times: float) -> int:
         """Of a run: long enough to get over its empty start, if there is money for some such runs."""
         wanted = max(self._effort.min_requests, round(times * self._inflight[place_of(setup)]))
-        return min(wanted, self._effort.max_requests // MIN_RUNS)
+        return min(wanted, self._longest)
+
+    @property
+    def _longest(self) -> int:
+        return self._effort.max_requests // MIN_RUNS
 
     def _stage_seed(self, stage: int) -> int:
-        """Seeds of stages lie far apart, as goodput searches count on from theirs."""
+        """One for all jobs of a stage, and for no job of another stage."""
         return self._seed * 1_000_003 + stage * 100_003
 
     def _do(self, stage: str, jobs: Sequence[Job]) -> list[View | Found]:
@@ -178,7 +176,7 @@ class _Search:
     # The stages.
 
     def _screen(self) -> None:
-        brackets = [Bracket(one.setup, one.guess, self._share) for one in self._candidates]
+        brackets = [Bracket(one.setup, one.guess) for one in self._candidates]
         self._brackets = {place_of(bracket.setup): bracket for bracket in brackets}
         self._narrow("screening", brackets, 0, self._effort.screen_times, SCREEN_SHARE)
 
@@ -189,15 +187,16 @@ class _Search:
             best = max((bracket.below for bracket in brackets), default=0.0)
             going, jobs, left = list[Bracket](), list[Probe](), self._left - floor
             for one in (one for one in brackets if not _is_settled(one, best)):
-                length = self._length(one.setup, times)
+                rate = one.next_rate()
+                length = max(self._length(one.setup, times), min(one.at_least(rate), self._longest))
                 if length <= left:
                     left -= length
                     going.append(one)
-                    jobs.append(Probe(one.setup, one.next_rate(), self._stage_seed(number), length))
+                    jobs.append(Probe(one.setup, rate, self._stage_seed(number), length))
             if not going:
                 return
             for bracket, job, view in zip(going, jobs, self._views(stage, jobs), strict=True):
-                bracket.add(job.rate, view)
+                bracket.add(job.rate, view, self._longest)
 
     def _climb(self) -> list[Climber]:
         """Tunes the best of each kind."""
@@ -216,7 +215,7 @@ class _Search:
             going = [climber for climber in climbers if not climber.is_done]
             jobs = [
                 [
-                    Probe(setup, climber.rate, self._stage_seed(1), self._length(setup, self._effort.climb_times))
+                    Probe(setup, climber.rate, self._stage_seed(1), self._climb_length(climber))
                     for setup in climber.to_try()
                 ]
                 for climber in going
@@ -228,6 +227,10 @@ class _Search:
             for climber, some in zip(going, jobs, strict=True):
                 climber.see([next(views).stretch for _ in some])
         return climbers
+
+    def _climb_length(self, climber: Climber) -> int:
+        least = self._brackets[place_of(climber.setup)].at_least(climber.rate)
+        return max(self._length(climber.setup, self._effort.climb_times), min(least, self._longest))
 
     def _compare(self, climbers: Sequence[Climber]) -> None:
         """Longer runs for what is still close, with the sizes that were found for the nearest kin."""
@@ -242,7 +245,7 @@ class _Search:
             guess = bracket.estimate or helped.get(place_of(bracket.setup), 0.0)
             if guess > 0:
                 setup = self._tuned(bracket.setup, climbers)
-                longer.append(Bracket(setup, guess, self._share, step=1.1, narrow=1.06))
+                longer.append(Bracket(setup, guess, step=1.1, narrow=1.06))
         self._narrow("comparing", longer, 2, self._effort.compare_times, COMPARE_SHARE)
         for bracket in longer:
             place = place_of(bracket.setup)
@@ -304,6 +307,7 @@ class _Search:
                 goodput=goodputs[index],
                 is_refined=place_of(seen[index].setup) in self._compared or key_of(seen[index].setup) in self._found,
                 view=view,
+                failure=self._failure(seen[index], view),
             )
             for index, view in zip(order, views, strict=True)
         )
@@ -314,7 +318,16 @@ class _Search:
             num_requests=self._effort.max_requests - self._left,
             num_left_out=self._num_left_out,
             extrapolated=tuple(dict.fromkeys(line for some in lines for line in some)),
+            least_requests=MIN_RUNS * max((self._needed(bracket) for bracket in seen), default=0),
         )
+
+    def _needed(self, bracket: Bracket) -> int:
+        """Requests that a run would have needed; what reached the end was looked at by other means."""
+        return 0 if key_of(bracket.setup) in self._found else bracket.needed_requests
+
+    def _failure(self, bracket: Bracket, view: View | None) -> str:
+        found = self._found.get(key_of(bracket.setup))
+        return (found.failure if found is not None else "") or (view.failure if view is not None else "")
 
     def _goodput(self, bracket: Bracket) -> Goodput:
         """The finish's; if that came to nothing for want of requests, the rate that short runs say, as uncertain as the
@@ -332,6 +345,7 @@ class _Search:
             low=min(rough.low, goodput.low),
             high=max(rough.high, goodput.high),
             reason=f"the budget was too small: {goodput.reason}; {rough.reason}",
+            is_spent=True,
         )
 
     def _rank(self, bracket: Bracket, goodput: Goodput) -> tuple[bool, float]:

@@ -16,6 +16,7 @@ from typing import TypeVar
 
 from pdserve.cluster.config import ClusterConfig
 from pdserve.cluster.planner.clock import Clock
+from pdserve.cluster.planner.course import run
 from pdserve.cluster.planner.prompts import Prompts
 from pdserve.cluster.planner.source import Source
 from pdserve.cluster.planner.steering import Steering
@@ -92,7 +93,7 @@ def simulate(
     if steering is not None and steering.next_s() < math.inf:
         clock.at(steering.next_s(), fleet.steer, steering)
     with _no_collections():
-        _run(clock, router, source, lapse)
+        run(clock, router, source, lapse)
         end_s = clock.now_s
         while clock.next_s <= end_s + SETTLE_S:
             clock.advance()
@@ -137,22 +138,3 @@ def _sums(values: Iterable[tuple[str, Number]]) -> dict[str, Number]:
 
 def _num_held(pool: BlockPool) -> int:
     return pool.num_blocks - pool.num_free + pool.num_reserved
-
-
-def _run(clock: Clock, router: VirtualRouter, source: Source, lapse: Timelapse | None) -> None:
-    """Until nobody comes any more and everybody who came has ended."""
-    while clock.next_s <= 0.0:
-        clock.advance()  # the workers' first turns
-    while True:
-        arrival_s = source.next_arrival_s()
-        if arrival_s <= clock.next_s:
-            if arrival_s == math.inf:
-                return
-            clock.skip_to(arrival_s)
-            router.arrive(source.pop())
-        elif router.num_live or arrival_s < math.inf:
-            clock.advance()
-        else:
-            return
-        if lapse is not None and lapse.due(clock.now_s):
-            lapse.sample(clock.now_s, router.num_queued, router.num_inflight, router.samples())

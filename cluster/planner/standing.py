@@ -10,7 +10,9 @@ scheduler for their last token. If the pool has too few blocks all go back: who 
 there, with everybody's tokens in place. So every step takes the decisions that it would take without standing, at the
 same moments, and lasts as long; only which block is whose differs, and tokens are not told one by one.
 
-For tokens without a value: completions end by their length.
+For tokens without a value: completions end by their length. Written against the rules of `engine.scheduler` as they
+are: `tests/planner/test_planner_standing.py` fails when those change and these do not, and `are_rules_known` tells when
+somebody replaces one of them at run time.
 """
 
 from __future__ import annotations
@@ -20,12 +22,24 @@ from collections.abc import Sequence as Items
 from operator import attrgetter
 
 from pdserve.cluster.planner.step_shape import StepShape, shape_of
+from pdserve.engine import scheduler as rules
 from pdserve.engine.block_pool import BlockPool, BlockState
+from pdserve.engine.claims import Claims
 from pdserve.engine.plan import Committed, StepPlan
 from pdserve.engine.scheduler import Draft, Scheduler
-from pdserve.engine.sequence import Sequence
+from pdserve.engine.sequence import BlockTable, Sequence, finish
 from pdserve.proto.errors import PdserveError
 from pdserve.proto.types import HandoffId, TokenInfo
+
+WRITTEN_AGAINST = tuple((kind, dict(vars(kind))) for kind in (Scheduler, Claims, BlockPool, Sequence, BlockTable))
+
+
+def are_rules_known() -> bool:
+    """Whether the production code is what it was when it was loaded.
+
+    What stands bypasses it: rules that somebody has put in their place need every token to go through them.
+    """
+    return vars(rules)["finish"] is finish and all(dict(vars(kind)) == before for kind, before in WRITTEN_AGAINST)
 
 
 class StandingScheduler(Scheduler):
@@ -52,7 +66,7 @@ class StandingScheduler(Scheduler):
         self._num_steps = 0
         self._committed_s = 0.0
         self._since: dict[Sequence, int] = {}  # the number of steps when its tokens were last brought up to date
-        self._ending: dict[int, list[Sequence]] = {}  # by the number of steps before their last one
+        self._ending: dict[int, dict[Sequence, None]] = {}  # by the number of steps before their last one
         # By the number of steps, modulo the block size, before one that begins a block.
         self._growing: list[dict[Sequence, None]] = [{} for _ in range(self.block_size)]
         self._num_known = 0  # tokens of all, each as if it had stood since step 0
@@ -122,9 +136,8 @@ class StandingScheduler(Scheduler):
                 self._return(sequence)
         else:
             self._grow_all(growing)
-            for sequence in self._ending.pop(self._num_steps, ()):
-                if sequence in self._since:  # who went back may stand again, with the same end
-                    self._return(sequence)
+            for sequence in list(self._ending.get(self._num_steps, ())):
+                self._return(sequence)
         draft.budget -= len(self._since)
         super()._schedule_decodes(draft)
 
@@ -136,17 +149,21 @@ class StandingScheduler(Scheduler):
 
     def _stand(self, sequence: Sequence) -> None:
         """It has just got a token. One that ends with the next one need not stand."""
-        num_tokens = sequence.num_tokens
-        num_left = min(
-            sequence.request.sampling.max_tokens - sequence.num_output_tokens, self.max_model_len - num_tokens
-        )
-        if num_left <= 1:
+        last_step = self._last_step(sequence)
+        if last_step <= self._num_steps:
             return
         self._running.remove(sequence)
         self._since[sequence] = self._num_steps
-        self._num_known += num_tokens - self._num_steps
+        self._num_known += sequence.num_tokens - self._num_steps
         self._growing[self._growth_place(sequence)][sequence] = None
-        self._ending.setdefault(self._num_steps + num_left - 1, []).append(sequence)
+        self._ending.setdefault(last_step, {})[sequence] = None
+
+    def _last_step(self, sequence: Sequence) -> int:
+        """How many steps there will have been before the one that gives it its last token."""
+        num_left = min(
+            sequence.request.sampling.max_tokens - sequence.num_output_tokens, self.max_model_len - sequence.num_tokens
+        )
+        return self._num_steps + num_left - 1
 
     def _growth_place(self, sequence: Sequence) -> int:
         """Its blocks hold what is computed, all but the newest token: a full last block means that the next step has to
@@ -159,6 +176,11 @@ class StandingScheduler(Scheduler):
         del self._since[sequence]
         self._num_known -= sequence.num_tokens - self._num_steps
         del self._growing[self._growth_place(sequence)][sequence]
+        last_step = self._last_step(sequence)
+        ending = self._ending[last_step]
+        del ending[sequence]
+        if not ending:
+            del self._ending[last_step]
         insort(self._running, sequence, key=attrgetter("order"))
 
     def _update(self, sequence: Sequence) -> None:
@@ -166,6 +188,6 @@ class StandingScheduler(Scheduler):
         num_steps = self._num_steps - self._since[sequence]
         if num_steps:
             self._since[sequence] = self._num_steps
-            sequence.token_ids.extend([0] * num_steps)
+            sequence.token_ids.extend(bytes(num_steps))  # zeros
             sequence.advance(num_steps)
             sequence.last_token_s = self._committed_s

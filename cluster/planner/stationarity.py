@@ -55,6 +55,16 @@ LATE_BATCHES = 10
 HEAVIER = 0.05
 """A load that is by so much heavier than its mean at the end explains why the backlog is larger there."""
 
+BEHIND = 0.25
+"""Of what came in the second half of a run that is just long enough; at four thirds of the rate that a system takes so
+much is left."""
+
+CHANCE_BEHIND = 0.15
+
+MIN_EARLY = 20
+FILLING_SPANS = 4.0
+"""Of the mean time that requests take in an empty system; in a full one it may be twice as long."""
+
 MIN_SPANS = 4.0
 """A run must last this many times what its first requests took. Before that, a backlog is only filling up."""
 
@@ -104,6 +114,27 @@ class Flow:
         num_early = max(1, len(self.arrival_s) // 50)
         end_s = np.minimum(self.end_s[:num_early], self.arrival_s[-1])
         return float(np.median(end_s - self.arrival_s[:num_early]))
+
+    def needed_s(self) -> float:
+        """How long a run must last at least for `falls_behind` to mean anything: several times as long as its first
+        requests took, which found the system nearly empty. 0 if none of them ended."""
+        num_early = max(MIN_EARLY, len(self.arrival_s) // 20)
+        took_s = (self.end_s - self.arrival_s)[:num_early]
+        took_s = took_s[np.isfinite(took_s)]
+        return FILLING_SPANS * float(took_s.mean()) if took_s.size else 0.0
+
+    def falls_behind(self) -> bool:
+        """Whether, while the second half of the requests came, far fewer ended than came. Everything may have been in
+        time nevertheless, if the run is short.
+
+        Above what a system takes, by a factor f, a share 1 - 1/f of what comes is left, however long the run is; where
+        it keeps up, hardly any once it is full: the longer the run, the less. How long the last answers take is no
+        part of it.
+        """
+        half = len(self.backlog) // 2
+        filling = min(1.0, self.needed_s() / max(1e-12, self.duration_s))
+        allowed = max(CHANCE_BEHIND, BEHIND * filling) * (len(self.backlog) - 1 - half)
+        return float(self.backlog[-1] - self.backlog[half]) > allowed
 
     @property
     def duration_s(self) -> float:

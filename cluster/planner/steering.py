@@ -1,4 +1,4 @@
-"""What happens to a simulated fleet from outside: workers that die and come back, workers that change roles.
+"""What happens to a simulated fleet from outside: workers that die, change roles, come and go.
 
 A `Steering` is asked at its own moments and answers with actions; it sees what a controller would see. `Script` follows
 a list that was written before; an autoscaler decides by what it sees. Knows nothing of how actions are carried out.
@@ -30,7 +30,21 @@ class Flip:
     role: Role
 
 
-Action = Fail | Flip
+@dataclass(frozen=True, slots=True)
+class Start:
+    """One more worker of this role, after the time that its profile says it takes to start."""
+
+    role: Role
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """The worker takes no new requests, ends those that it has, and then leaves."""
+
+    worker_id: str
+
+
+Action = Fail | Flip | Start | Stop
 
 
 class Steering(Protocol):
@@ -40,8 +54,11 @@ class Steering(Protocol):
         """When to be asked next; infinity: never again."""
         ...
 
-    def act(self, now_s: float, loads: Sequence[WorkerLoad]) -> Sequence[Action]:
-        """At that moment, with the last load of every live worker. What cannot be done is ignored."""
+    def act(self, now_s: float, loads: Sequence[WorkerLoad], num_queued: int) -> Sequence[Action]:
+        """At that moment, with the last load of every live worker and the length of the router's queue.
+
+        What cannot be done is ignored.
+        """
         ...
 
 
@@ -54,7 +71,7 @@ class Script:
     def next_s(self) -> float:
         return self._actions[-1][0] if self._actions else math.inf
 
-    def act(self, now_s: float, loads: Sequence[WorkerLoad]) -> Sequence[Action]:
+    def act(self, now_s: float, loads: Sequence[WorkerLoad], num_queued: int) -> Sequence[Action]:
         due = []
         while self._actions and self._actions[-1][0] <= now_s:
             due.append(self._actions.pop()[1])

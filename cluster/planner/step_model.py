@@ -1,27 +1,23 @@
-"""Seconds of an engine step, of a run of decode steps and of a transfer, by a worker's profile. Called for every step.
+"""Seconds of an engine step by a worker's profile. Called for every step.
 
 A step costs `fixed + per_unit * units + per_load * load`, with the coefficients of its region: units are prefill tokens
 and load their pairs, or units are sequences and load the sum of their contexts. Time never falls when work grows: a
-region answers at least what a smaller one did at its end. In a mixed step the fixed part is paid once, and a share
-`overlap` of the smaller of the two variable parts hides behind the larger.
+region answers at least what a smaller one did at its end. In a mixed step the fixed part is paid once, a share
+`overlap` of the smaller of the two variable parts hides behind the larger, and `extra_s` comes on top.
 
-Outside of what was measured the formulas go on, and `outside` and `Extrapolation` say so. Knows neither how the
+Outside of what was measured the formulas go on, and `Extrapolation` says so. Knows neither how the
 coefficients were found nor what a scheduler puts into a step.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from pdserve.cluster.planner.profile import DecodeRegion, Domain, LinkCost, PrefillRegion, Profile, Range
+from pdserve.cluster.planner.profile import DecodeRegion, Domain, PrefillRegion, Profile, Range
 from pdserve.cluster.planner.step_shape import StepShape
-from pdserve.proto.errors import ConfigError
-
-MAX_RUN_STEPS = 1_000_000_000
-"""What `decode_steps_within` answers at most: a run that no request is long enough for."""
 
 
 class Line(NamedTuple):
@@ -116,7 +112,9 @@ class StepModel:
         self._prefill = prefill_phase(profile.prefill)
         self._decode = decode_phase(profile.decode)
         self._mixing = mixing(self._prefill, self._decode)
-        self._exposed = 1.0 - profile.mixed.overlap
+        self._exposed, self._mixed_extra_s = 1.0 - profile.mixed.overlap, profile.mixed.extra_s
+        slower = profile.contention
+        self._slower_prefill, self._slower_decode = (slower.prefill, slower.decode) if slower else (0.0, 0.0)
         self.name = profile.name
         self.domain = profile.domain
         self.box = _box(profile.domain)
@@ -130,108 +128,18 @@ class StepModel:
         if not tokens:
             return decode_s
         larger, smaller = self._mixing.parts(self._prefill.seconds(tokens, pairs), decode_s)
-        return larger + self._exposed * smaller
+        return larger + self._exposed * smaller + self._mixed_extra_s
 
-    def decode_run_s(self, num_steps: int, batch: int, context_tokens: int) -> float:
-        """Seconds of `num_steps` decode steps in which every context grows by one a step.
-
-        `context_tokens` is the sum over the batch in the first of them.
-        """
-        assert batch > 0, batch
-        lines = self._decode[batch]
-        if len(lines) == 1:
-            return _line_s(lines[0], num_steps, batch, context_tokens)
-        stretches = _stretches(lines, num_steps, batch, context_tokens)
-        return sum(_line_s(line, steps, batch, first_tokens) for steps, line, first_tokens in stretches)
-
-    def decode_steps_within(self, seconds: float, batch: int, context_tokens: int) -> int:
-        """How many whole steps of such a run fit: the most for which `decode_run_s` is not above `seconds`."""
-        if seconds == math.inf:
-            return MAX_RUN_STEPS
-        num_steps, left_s = 0, seconds
-        for steps, line, first_tokens in _stretches(self._decode[batch], MAX_RUN_STEPS, batch, context_tokens):
-            fitting = _steps_on_line(line, left_s, batch, first_tokens)
-            num_steps += min(fitting, steps)
-            if fitting < steps:
-                break
-            left_s -= _line_s(line, steps, batch, first_tokens)
-        if num_steps >= MAX_RUN_STEPS:
-            return MAX_RUN_STEPS
-        # The root is rounded; the sum decides.
-        while num_steps and self.decode_run_s(num_steps, batch, context_tokens) > seconds:
-            num_steps -= 1
-        while self.decode_run_s(num_steps + 1, batch, context_tokens) <= seconds:
-            num_steps += 1
-        return num_steps
-
-    def outside(self, shape: StepShape) -> tuple[str, ...]:
-        """In what the shape lies outside of what was measured, in words; empty when it does not."""
-        return tuple(excess.words() for excess in excesses(self.domain, shape))
+    def contended_s(self, shape: StepShape, busy: float) -> float:
+        """Seconds of one step while this share of the machine's other workers compute."""
+        slower = self._slower_prefill if shape.num_prefill_tokens else self._slower_decode
+        return self.duration_s(shape) * (1.0 + slower * busy)
 
 
 def _box(domain: Domain) -> tuple[float, ...]:
     """The bounds of the domain in a row, to be compared quickly."""
     ranges = (domain.chunk_tokens, domain.context_tokens, domain.decode_batch, domain.decode_context_tokens)
     return tuple(bound for measured in ranges for bound in (measured.smallest, measured.largest))
-
-
-def _line_s(line: Line, num_steps: int, batch: int, context_tokens: int) -> float:
-    """Seconds of decode steps that all lie on one line: an arithmetic series."""
-    load = num_steps * context_tokens + batch * (num_steps * (num_steps - 1) // 2)
-    return num_steps * line.fixed_s + line.per_load_s * load
-
-
-def _steps_on_line(line: Line, seconds: float, batch: int, context_tokens: int) -> int:
-    """The root of that series, rounded down."""
-    if seconds <= 0.0:
-        return 0
-    growth_s = line.per_load_s * batch / 2
-    first_s = line.fixed_s + line.per_load_s * context_tokens - growth_s
-    if growth_s == 0.0:
-        fitting = seconds / first_s
-    else:
-        root = math.sqrt(first_s * first_s + 4.0 * growth_s * seconds)
-        fitting = 2.0 * seconds / (first_s + root) if first_s > 0.0 else (root - first_s) / (2.0 * growth_s)
-    return int(min(fitting, MAX_RUN_STEPS))
-
-
-def _stretches(
-    lines: tuple[Line, ...], num_steps: int, batch: int, context_tokens: int
-) -> Iterator[tuple[int, Line, int]]:
-    """A run cut where a steeper line takes over: steps, the line they lie on, and the context they begin with."""
-    while num_steps > 0:
-        line = lines[0]
-        if len(lines) > 1:
-            line = max(lines, key=lambda one: (one.fixed_s + one.per_load_s * context_tokens, one.per_load_s))
-        steps = num_steps
-        for other in lines:
-            if other.per_load_s > line.per_load_s:
-                meeting = (line.fixed_s - other.fixed_s) / (other.per_load_s - line.per_load_s)
-                ahead = (meeting - context_tokens) / batch
-                if ahead < steps:
-                    steps = max(1, math.ceil(ahead))
-        yield steps, line, context_tokens
-        num_steps -= steps
-        context_tokens += steps * batch
-
-
-class TransferModel:
-    """Seconds to move KV from one such worker to another, alone on the link."""
-
-    def __init__(self, profile: Profile) -> None:
-        self.name = profile.name
-        self.links: dict[str, LinkCost] = dict(profile.links)
-
-    def duration_s(self, kind: str, num_bytes: float) -> float:
-        """
-        Raises:
-            ConfigError: the profile knows no such kind of link.
-        """
-        cost = self.links.get(kind)
-        if cost is None:
-            known = ", ".join(sorted(self.links)) or "none"
-            raise ConfigError(f"{self.name}: links.{kind}: no such link in this profile; it has: {known}")
-        return cost.latency_s + num_bytes / cost.bandwidth_bytes_per_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,25 +201,7 @@ class Extrapolation:
             return
         self.num_outside += 1
         for excess in excesses(model.domain, shape):
-            self._note(model.name, excess, 1)
-
-    def see_run(self, model: StepModel, num_steps: int, batch: int, context_tokens: int) -> None:
-        """Count a run of decode steps, as `StepModel.decode_run_s` takes it."""
-        if num_steps <= 0:
-            return
-        self.num_steps += num_steps
-        last_tokens = context_tokens + (num_steps - 1) * batch
-        measured = model.domain.decode_context_tokens
-        num_below = min(num_steps, max(0, math.ceil((measured.smallest - context_tokens) / batch)))
-        num_above = min(num_steps, max(0, math.ceil((last_tokens - measured.largest) / batch)))
-        of_batch = _excess("decode batch", batch, model.domain.decode_batch)
-        self.num_outside += num_steps if of_batch else num_below + num_above
-        if of_batch:
-            self._note(model.name, of_batch, num_steps)
-        for count, tokens in ((num_below, context_tokens), (num_above, last_tokens)):
-            excess = _excess("sum of decode contexts", tokens, measured)
-            if count and excess:
-                self._note(model.name, excess, count)
+            self._note(model.name, excess)
 
     def summary(self) -> tuple[str, ...]:
         """A line for each figure that went beyond what was measured, with its farthest value; empty if none did."""
@@ -320,8 +210,8 @@ class Extrapolation:
             for (name, _, _), (count, excess) in self._worst.items()
         )
 
-    def _note(self, name: str, excess: Excess, count: int) -> None:
+    def _note(self, name: str, excess: Excess) -> None:
         key = (name, excess.what, excess.is_above)
         before, worst = self._worst.get(key, (0, excess))
         is_farther = abs(excess.value - excess.limit) > abs(worst.value - worst.limit)
-        self._worst[key] = (before + count, excess if is_farther else worst)
+        self._worst[key] = (before + 1, excess if is_farther else worst)

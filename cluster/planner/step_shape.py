@@ -29,11 +29,11 @@ def shape_of(plan: StepPlan) -> StepShape:
     """What the step's duration depends on."""
     num_prefill_tokens = num_decodes = context_tokens = 0
     pairs = 0.0
-    for sequence, start, num_tokens, _ in plan.scheduled:
-        if num_tokens == 1 and start >= len(sequence.request.prompt_token_ids):
+    for item in plan.scheduled:
+        if item.num_tokens == 1 and item.start >= item.sequence.num_prompt_tokens:
             num_decodes += 1
-            context_tokens += start + 1
+            context_tokens += item.start + 1
         else:
-            num_prefill_tokens += num_tokens
-            pairs += chunk_pairs(num_tokens, start)
+            num_prefill_tokens += item.num_tokens
+            pairs += chunk_pairs(item.num_tokens, item.start)
     return StepShape(num_prefill_tokens, pairs, num_decodes, context_tokens)

@@ -50,8 +50,11 @@ class View:
     """One run of a set-up.
 
     `stretch` is by what factor all targets would have to be multiplied to be just met, at their shares: 1 is the edge,
-    and it is never infinite. `nearest` are the targets changed as little as is needed to meet them: the failing
-    latency alone if one fails, else both by the same factor. `extrapolated` says what of the run nobody had measured.
+    and it is never infinite. It is above 1, whatever the latencies, where the run does not show that the system keeps
+    up. `needed_s` is then how long a run would have to last to show it, 0 if this one was long enough. `is_sure` is
+    false where a miss may be chance. `nearest` are the targets changed as little as is needed to meet them: the failing
+    latency alone if one fails, else both by the same factor; infinite where too many requests failed. `failing` names
+    what is missed, `failure` says why requests failed. `extrapolated` says what of the run nobody had measured.
     """
 
     attainment: Attainment
@@ -60,14 +63,19 @@ class View:
     nearest: tuple[Target, ...]
     extrapolated: tuple[str, ...]
     num_requests: int
+    needed_s: float = 0.0
+    is_sure: bool = True
+    failing: str = ""
+    failure: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The goodput of a set-up."""
+    """The goodput of a set-up. `failure` says why requests failed where no rate will do."""
 
     goodput: Goodput
     extrapolated: tuple[str, ...]
+    failure: str = ""
 
     @property
     def num_requests(self) -> int:

@@ -26,7 +26,8 @@ from pdserve.proto.types import Role
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """Everything that is asked, checked. `mean_prompt` and `mean_output` are tokens of the workload."""
+    """Everything that is asked, checked. `mean_prompt` and `mean_output` are tokens of the workload, `notes` what must
+    be said of it. The router must give no request up before `least_timeout_s`."""
 
     fleets: tuple[Fleet, ...]
     limit: Limit
@@ -37,16 +38,13 @@ class Request:
     mean_output: float
     effort: Effort
     seed: int
+    least_timeout_s: float = 0.0
+    notes: tuple[str, ...] = ()
 
     @property
     def profiles(self) -> dict[str, Profile]:
         """By name."""
         return {profile.name: profile for fleet in self.fleets for profile in fleet.profiles.values()}
-
-    @property
-    def share(self) -> float:
-        """Of all requests by weight, those that are to meet their targets."""
-        return sum(one.share * one.weight for one in self.targets) / sum(one.weight for one in self.targets)
 
 
 def candidates(request: Request) -> list[Candidate]:
@@ -81,10 +79,10 @@ def tune(request: Request, evaluate: Evaluate) -> Answer:
     Raises:
         ConfigError: there is nothing to choose from.
     """
-    found = search(candidates(request), request.share, evaluate, request.effort, request.seed)
+    found = search(candidates(request), evaluate, request.effort, request.seed)
     findings = tuple(_finding(one, request) for one in found.ranked)
     nearest = [one.view.nearest if one.view is not None else () for one in found.ranked]
-    decided = decide(findings, nearest, request.targets)
+    decided = decide(findings, nearest, request.targets, [one.failure for one in found.ranked])
     return Answer(
         question=_question(request, findings),
         findings=findings,
@@ -106,7 +104,7 @@ def _warnings(request: Request, found: Searched, findings: Sequence[Finding], ch
         names = set(findings[chosen].setup.profiles.values())
         fleet = next(one for one in request.fleets if names <= {profile.name for profile in one.profiles.values()})
         choices = clipped(choices, fleet)
-    return caveats(found, findings, chosen, request.profiles, choices)
+    return (*request.notes, *caveats(found, findings, chosen, request.profiles, choices, request.effort.name))
 
 
 def _finding(one: Ranked, request: Request) -> Finding:
@@ -126,14 +124,17 @@ def _finding(one: Ranked, request: Request) -> Finding:
 
 def _question(request: Request, findings: Sequence[Finding]) -> Question:
     profiles = list(request.profiles.values())
+    hardware = list(dict.fromkeys(profile.hardware for profile in profiles))
+    degrees = [profile.tensor_parallel_size for profile in profiles]
     num_gpus = request.limit.num_gpus or max(one.setup.num_gpus for one in findings)
     return Question(
         num_gpus=num_gpus,
         targets=request.targets,
         workload=request.workload,
         model=profiles[0].model,
-        hardware=", ".join(dict.fromkeys(profile.hardware for profile in profiles)),
+        hardware=", ".join(hardware),
         profiles=tuple(f"{profile.name} ({profile.source}: {profile.origin})" for profile in profiles),
         seed=request.seed,
         precision=request.effort.precision,
+        are_profiles_told=len(profiles) > 1 and (len(hardware) > 1 or len(set(degrees)) < len(degrees)),
     )

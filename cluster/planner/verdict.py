@@ -1,8 +1,10 @@
 """To split or not: one sentence from all findings, and the reasons behind it.
 
 Splitting has a price (two kinds of workers, a hand-off, more to go wrong), so it has to be better for certain: the 95 %
-interval of the ratio of goodputs, best split over best colocated, must lie above one. Intervals of independent runs
-add up as squares on a logarithmic scale. Knows nothing of how set-ups were chosen or shown.
+interval of the ratio of goodputs, best split over best colocated, must lie above one. Intervals are added up as
+squares on a logarithmic scale, as if the runs were independent. They see the same requests as far as their rates allow,
+which moves both goodputs alike: the ratio's interval is rather too wide than too narrow. Knows nothing of how set-ups
+were chosen or shown.
 """
 
 from __future__ import annotations
@@ -11,8 +13,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pdserve.cluster.planner.findings import Finding, Phase, Target
-from pdserve.cluster.planner.goodput import Goodput
+from pdserve.cluster.planner.findings import Finding, Phase, Target, at
+from pdserve.cluster.planner.goodput import COMPLETION, Goodput
 from pdserve.cluster.planner.picture import AFTER_FIRST_TOKEN, PHASES
 from pdserve.proto.types import Role
 
@@ -20,8 +22,6 @@ UNKNOWN = 1.0
 """Half of an interval's logarithm, where there is no interval."""
 
 NOTEWORTHY = 0.25
-MEDIAN = 49
-"""Where the median lies in `QUANTILES`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +61,19 @@ def _half(goodput: Goodput) -> float:
     return math.log(goodput.high / goodput.low) / 2 if is_known else UNKNOWN
 
 
-def decide(findings: Sequence[Finding], nearest: Sequence[tuple[Target, ...]], targets: Sequence[Target]) -> Verdict:
-    """`findings` are best first; `nearest` are for each the targets that it could just meet where it was looked at."""
+def decide(
+    findings: Sequence[Finding],
+    nearest: Sequence[tuple[Target, ...]],
+    targets: Sequence[Target],
+    failures: Sequence[str] = (),
+) -> Verdict:
+    """`findings` are best first; `nearest` are for each the targets that it could just meet where it was looked at, and
+    `failures` why requests failed there, if they did."""
     split = next((index for index, one in enumerate(findings) if one.setup.is_split), None)
     colocated = next((index for index, one in enumerate(findings) if not one.setup.is_split), None)
     if not any(one.goodput.rate > 0 for one in findings):
-        return Verdict(_infeasible(findings, nearest, targets), _closest(findings, nearest), split, colocated, (), None)
+        verdict = _nothing(findings, nearest, targets, failures)
+        return Verdict(verdict, _closest(findings, nearest, failures), split, colocated, (), None)
     best = max((index for index in (split, colocated) if index is not None), key=lambda i: findings[i].goodput.rate)
     verdict, reasons, recommended = _compared(findings, split, colocated)
     plateau = _plateau(findings, findings[best])
@@ -86,10 +93,10 @@ def _compared(findings: Sequence[Finding], split: int | None, colocated: int | N
     one, other = findings[split], findings[colocated]
     if not other.goodput.rate:
         why = f"{other.setup.name}: {other.goodput.reason}"
-        return f"Split: {_serves(one)}; colocated workers cannot hold the targets at any rate.", [why], split
+        return f"Split: {_serves(one)}; {_cannot('colocated workers', other)}.", [why], split
     if not one.goodput.rate:
         why = f"{one.setup.name}: {one.goodput.reason}"
-        return f"Do not split: {_serves(other)}; no split can hold the targets at any rate.", [why], colocated
+        return f"Do not split: {_serves(other)}; {_cannot('splits', one)}.", [why], colocated
     times = ratio(one.goodput, other.goodput)
     reasons = [f"best split: {_serves(one)}", f"best colocated: {_serves(other)}"]
     if times.low > 1:
@@ -102,6 +109,12 @@ def _compared(findings: Sequence[Finding], split: int | None, colocated: int | N
     reasons.append("a split has to be better for certain, as it is more to run and to go wrong")
     why = f"{one.setup.name} is not surely better than {other.setup.name}; it has {times.words} its goodput"
     return f"Do not split: {why}.", reasons, colocated
+
+
+def _cannot(who: str, finding: Finding) -> str:
+    if finding.goodput.failing:
+        return f"{who} cannot hold the targets at any rate"
+    return f"for {who} no rate that holds the targets was found with as many requests as may be simulated"
 
 
 def _serves(finding: Finding) -> str:
@@ -128,7 +141,7 @@ def _where_time_goes(findings: Sequence[Finding]) -> list[str]:
             continue
         phases = {phase.name: phase for phase in picture.phases}
         parts = [f"{phases[name].mean_ms:,.0f} ms {name}" for name in PHASES if name in phases]
-        token = f", {picture.tpot_ms[MEDIAN]:.3g} ms a token" if picture.tpot_ms else ""
+        token = f", {at(picture.tpot_ms, 0.5):.3g} ms a token" if picture.tpot_ms else ""
         lines.append(f"{finding.setup.name} at {picture.rate:.3g}/s, a mean request: {', '.join(parts)}{token}")
         guilty = max(picture.phases, key=lambda phase: phase.share_of_misses)
         if guilty.share_of_misses >= NOTEWORTHY:
@@ -140,6 +153,8 @@ def _guilt(finding: Finding, phase: Phase) -> str:
     share = f"{phase.name} in {phase.share_of_misses:.0%} of the misses"
     if not finding.setup.is_split and phase.name in AFTER_FIRST_TOKEN:
         return f"{share}; prompts of others hold up its tokens (interference)"
+    if phase.name == "admission":
+        return f"{share}; all workers have as many requests as they may run, so that others wait at the router"
     if phase.name == "decode":
         return f"{share}; more decode workers would help"
     if phase.name in ("transfer", "decode queue"):
@@ -156,16 +171,32 @@ def _worst_split(findings: Sequence[Finding]) -> list[str]:
         return []
     best, worst = (pick(plain, key=lambda one: one.goodput.rate) for pick in (max, min))
     if not worst.goodput.rate:
-        return [f"the worst static split, {worst.setup.name}, cannot hold the targets at any rate"]
+        return [f"the worst static split is {worst.setup.name}: {_cannot('it', worst)}"]
     times = best.goodput.rate / worst.goodput.rate
     return [f"the worst static split, {worst.setup.name}, serves {times:.1f} times less than {best.setup.name}"]
 
 
-def _infeasible(findings: Sequence[Finding], nearest: Sequence[tuple[Target, ...]], targets: Sequence[Target]) -> str:
-    failing = list(dict.fromkeys(one.goodput.failing for one in findings if one.goodput.failing))
-    known = [words for words, near in ((_asked_and_near(targets, near), near) for near in nearest) if near]
+def _nothing(
+    findings: Sequence[Finding],
+    nearest: Sequence[tuple[Target, ...]],
+    targets: Sequence[Target],
+    failures: Sequence[str],
+) -> str:
+    """That no set-up does, and what would."""
+    known = [_asked_and_near(targets, near) for near in nearest if _can_be_met(near)]
     closest = f"; the closest that can be met: {known[0]}" if known else ""
-    return f"No set-up can hold the targets at any rate: {failing[0] if failing else 'TTFT and TPOT'} fails{closest}."
+    failing = list(dict.fromkeys(one.goodput.failing for one in findings if one.goodput.failing))
+    if not failing:
+        return (
+            "For no set-up a rate that holds the targets was found with as many requests as may be simulated; "
+            f"--effort thorough or --max-requests looks longer{closest}."
+        )
+    why = next((words for words in failures if words), "") if COMPLETION in failing[0] else ""
+    return f"No set-up can hold the targets at any rate: {failing[0]} fails{f' ({why})' if why else ''}{closest}."
+
+
+def _can_be_met(near: Sequence[Target]) -> bool:
+    return bool(near) and all(math.isfinite(one.ttft_ms) and math.isfinite(one.tpot_ms) for one in near)
 
 
 def _asked_and_near(targets: Sequence[Target], nearest: Sequence[Target]) -> str:
@@ -184,13 +215,17 @@ def _up(value_ms: float) -> str:
     return f"{math.ceil(value_ms / unit) * unit:g}"
 
 
-def _closest(findings: Sequence[Finding], nearest: Sequence[tuple[Target, ...]]) -> tuple[str, ...]:
+def _closest(
+    findings: Sequence[Finding], nearest: Sequence[tuple[Target, ...]], failures: Sequence[str]
+) -> tuple[str, ...]:
     """A line for the best of each kind."""
     lines: dict[bool, str] = {}
-    for finding, near in zip(findings, nearest, strict=True):
-        words = ", ".join(f"TTFT {_up(one.ttft_ms)} ms and TPOT {_up(one.tpot_ms)} ms" for one in near)
-        lines.setdefault(
-            finding.setup.is_split,
-            f"{finding.setup.name}: {finding.goodput.reason}" + (f"; it could hold {words}" if near else ""),
-        )
+    for number, (finding, near) in enumerate(zip(findings, nearest, strict=True)):
+        line = f"{finding.setup.name}: {finding.goodput.reason}"
+        if _can_be_met(near):
+            words = ", ".join(f"TTFT {_up(one.ttft_ms)} ms and TPOT {_up(one.tpot_ms)} ms" for one in near)
+            line += f"; it could hold {words}"
+        if failures and failures[number]:
+            line += f"; {failures[number]}"
+        lines.setdefault(finding.setup.is_split, line)
     return tuple(lines.values())

@@ -12,7 +12,6 @@ from pdserve.cluster.planner.clock import Clock
 from pdserve.cluster.planner.virtual_engine import VirtualEngine
 from pdserve.engine.block_pool import BlockState
 from pdserve.engine.scheduler import Scheduler
-from pdserve.engine.sequence import Sequence
 from pdserve.engine.turn import Turn
 from pdserve.kv_transfer.effects import FreeBlocks, QuarantineBlocks, raise_refusal
 from pdserve.kv_transfer.reservation import (
@@ -69,7 +68,7 @@ class VirtualDecode:
 
     def turn_ended(self, turn: Turn) -> None:
         self._wanted_blocks = turn.wanted_blocks + turn.num_running
-        if self._table.reservations:
+        if len(self._table):
             self._offer_room()
 
     def abort(self, handoff: HandoffId, reason: str) -> None:
@@ -86,7 +85,7 @@ class VirtualDecode:
 
     @property
     def is_idle(self) -> bool:
-        return not self._table.reservations
+        return not len(self._table)
 
     def sweep(self) -> dict[WorkerRef, tuple[HandoffId, ...]]:
         """Leases to renew now, by source."""
@@ -142,7 +141,7 @@ class VirtualDecode:
 
     def _admit(self, admit: Admit) -> None:
         request = self._requests.pop(admit.id)
-        sequence = Sequence.redeemed(request, admit.first_token, admit.block_ids, self._clock.now_s)
+        sequence = self._engine.sequence_type.redeemed(request, admit.first_token, admit.block_ids, self._clock.now_s)
         received = admit.block_ids[admit.num_held :]
 
         def command(scheduler: Scheduler) -> None:

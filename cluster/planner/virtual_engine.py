@@ -10,10 +10,13 @@ from collections import deque
 from collections.abc import Callable
 
 from pdserve.cluster.planner.clock import Clock
+from pdserve.cluster.planner.counting_pool import CountingPool
+from pdserve.cluster.planner.counting_sequence import CountingSequence
 from pdserve.cluster.planner.standing import StandingScheduler
 from pdserve.cluster.planner.step_shape import StepShape, shape_of
 from pdserve.engine.plan import Committed, Limit, StepPlan, StepResult
 from pdserve.engine.scheduler import Scheduler
+from pdserve.engine.sequence import Sequence
 from pdserve.engine.turn import Turn, turn_of
 from pdserve.proto.types import TokenInfo
 
@@ -32,6 +35,7 @@ class VirtualEngine:
         self._standing = scheduler if isinstance(scheduler, StandingScheduler) else None
         self._shape_of = shape_of if self._standing is None else self._standing.shape_of
         self.pool = scheduler.pool
+        self.sequence_type = CountingSequence if isinstance(self.pool, CountingPool) else Sequence
         self.busy_s = 0.0
         self._clock = clock
         self._duration_s = duration_s

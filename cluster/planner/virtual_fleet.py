@@ -7,21 +7,24 @@ nothing of requests.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 from pdserve.cluster.config import ClusterConfig
 from pdserve.cluster.planner.clock import Clock
 from pdserve.cluster.planner.counting_pool import CountingPool
 from pdserve.cluster.planner.profile import LinkCost, Profile
-from pdserve.cluster.planner.standing import StandingScheduler
-from pdserve.cluster.planner.steering import Action, Fail, Steering
+from pdserve.cluster.planner.standing import StandingScheduler, are_rules_known
+from pdserve.cluster.planner.steering import Action, Fail, Flip, Start, Steering
 from pdserve.cluster.planner.step_model import Extrapolation, StepModel
 from pdserve.cluster.planner.step_shape import StepShape
 from pdserve.cluster.planner.virtual_links import VirtualLinks
-from pdserve.cluster.planner.virtual_worker import Listener, Surroundings, VirtualWorker
+from pdserve.cluster.planner.virtual_worker import SWEEP_S, Listener, Surroundings, VirtualWorker
 from pdserve.engine.block_pool import BlockPool
+from pdserve.engine.config import EngineConfig
 from pdserve.engine.scheduler import Scheduler
 from pdserve.kv_transfer.lease import LeaseTimes
 from pdserve.proto.errors import ConfigError
@@ -38,6 +41,13 @@ class FleetListener(Listener, Protocol):
     def joined(self, worker: VirtualWorker) -> None: ...
 
     def lost(self, worker: VirtualWorker) -> None: ...
+
+    def left(self, worker: VirtualWorker) -> None: ...
+
+    def needs(self, worker: VirtualWorker) -> bool: ...
+
+    @property
+    def num_queued(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +81,10 @@ class VirtualFleet:
         self._choice = choice
         self._costs: dict[tuple[str, str], LinkCost] = {}
         self._hosts: dict[str, int] = {}
-        self._models: dict[str, StepModel] = {}
+        self._models: dict[int, StepModel] = {}  # by the identity of the profile: two may have one name
+        self._is_exact = choice.is_exact or not are_rules_known()
+        self._busy_until_s: dict[int, dict[str, float]] = defaultdict(dict)  # by host, of workers that disturb others
+        self._layouts: dict[KVLayout, KVLayout] = {}  # one object for all that are equal: quickly seen to be
         transfer = config.kv_transfer
         self._around = Surroundings(
             clock=clock,
@@ -83,27 +96,50 @@ class VirtualFleet:
             listener=listener,
         )
         for name, role in self._names():
-            self._hosts[name] = len(self._hosts) // (choice.workers_per_host or len(self._hosts) + 1)
+            self._place_on_host(name)
             self._join(name, role, 1)
         self._check_links()
 
     def steer(self, steering: Steering) -> None:
         """Ask now and at its next moment."""
         now_s = self._clock.now_s
-        for action in steering.act(now_s, [worker.load for worker in self.workers.values() if worker.has_load]):
+        loads = [worker.load for worker in self.workers.values() if worker.has_load]
+        for action in steering.act(now_s, loads, self._listener.num_queued):
             self._carry_out(action)
         next_s = steering.next_s()
         if next_s < float("inf"):
             self._clock.at(max(now_s, next_s), self.steer, steering)
 
     def _carry_out(self, action: Action) -> None:
+        if isinstance(action, Start):
+            self._start(action.role)
+            return
         worker = self.workers.get(action.worker_id)
         if worker is None:
             return
         if isinstance(action, Fail):
             self._lose(worker, action.back_after_s)
+        elif not isinstance(action, Flip):
+            worker.drain(0.0, self._leave)
         elif action.role is not worker.info.role:
-            worker.flip(action.role, self._profile(action.worker_id, worker.info.role).flip_s, self._turned)
+            flip_s = self._profile(action.worker_id, worker.info.role).flip_s
+            worker.drain(flip_s, partial(self._turned, role=action.role))
+
+    def _start(self, role: Role) -> None:
+        """One more, under the first name that nobody ever had."""
+        ordinal = 0
+        while (name := f"{role}-{ordinal}") in self._hosts:
+            ordinal += 1
+        self._place_on_host(name)
+        self._clock.after(self._profile(name, role).startup_s, self._join, name, role, 1)
+
+    def _leave(self, worker: VirtualWorker) -> None:
+        """It is empty; but a request may be on its way to it still."""
+        if self._listener.needs(worker):
+            worker.drain(SWEEP_S, self._leave)
+            return
+        self._listener.left(worker)
+        self._bury(worker)
 
     def _turned(self, worker: VirtualWorker, role: Role) -> None:
         """It is empty and has the other role from now on."""
@@ -112,15 +148,24 @@ class VirtualFleet:
         worker.info = replace(worker.info, role=role)
 
     def _lose(self, worker: VirtualWorker, back_after_s: float) -> None:
-        del self.workers[worker.worker_id]
-        self.gone.append(worker)
-        worker.die()
+        self._bury(worker)
         self._listener.lost(worker)
         for other in self.workers.values():
             other.peer_gone(worker.info.worker)
         if back_after_s < float("inf"):
             ref = worker.info.worker
             self._clock.after(back_after_s, self._join, ref.worker_id, worker.info.role, ref.generation + 1)
+
+    def _bury(self, worker: VirtualWorker) -> None:
+        name = worker.worker_id
+        del self.workers[name]
+        self.gone.append(worker)
+        worker.die()
+        self._busy_until_s[self._hosts[name]].pop(name, None)
+
+    def _place_on_host(self, name: str) -> None:
+        num_placed = len(self._hosts)
+        self._hosts[name] = num_placed // (self._choice.workers_per_host or num_placed + 1)
 
     def _names(self) -> Iterator[tuple[str, Role]]:
         for role in Role:
@@ -135,12 +180,11 @@ class VirtualFleet:
 
     def _join(self, name: str, role: Role, generation: int) -> None:
         profile, engine = self._profile(name, role), self._config.engine_for(role)
-        num_blocks = engine.num_blocks or max(1, profile.kv_capacity_tokens // engine.block_size)
+        num_blocks = _num_blocks(engine, profile)
         max_model_len = min(engine.max_model_len or profile.max_model_len, num_blocks * engine.block_size + 1)
-        choice = self._choice
-        prefix_caching = engine.prefix_caching and choice.are_prompts_shared
-        make_scheduler = Scheduler if choice.is_exact else StandingScheduler
-        make_pool = BlockPool if choice.is_exact or prefix_caching else CountingPool
+        prefix_caching = engine.prefix_caching and self._choice.are_prompts_shared
+        make_scheduler = Scheduler if self._is_exact else StandingScheduler
+        make_pool = BlockPool if self._is_exact or prefix_caching else CountingPool
         scheduler = make_scheduler(
             make_pool(num_blocks),
             block_size=engine.block_size,
@@ -151,20 +195,37 @@ class VirtualFleet:
         )
         # Two bytes an element: any number of bytes a token that is a multiple of 4.
         layout = KVLayout(profile.model, "float16", 1, 1, max(1, profile.kv_bytes_per_token // 4), engine.block_size)
+        layout = self._layouts.setdefault(layout, layout)
         info = WorkerInfo(WorkerRef(name, generation, name), role, layout, num_blocks, max_model_len, 1, "")
-        worker = VirtualWorker(info, scheduler, self._durations(profile), profile.overheads, self._around)
+        worker = VirtualWorker(info, scheduler, self._durations(name, profile), profile.overheads, self._around)
         self.workers[name] = worker
         self._listener.joined(worker)
 
-    def _durations(self, profile: Profile) -> Callable[[StepShape], float]:
-        model = self._models.setdefault(profile.name, StepModel(profile))
-        see = self.extrapolation.see
+    def _durations(self, name: str, profile: Profile) -> Callable[[StepShape], float]:
+        model = self._models.get(id(profile))
+        if model is None:
+            model = self._models[id(profile)] = StepModel(profile)
+        see, clock = self.extrapolation.see, self._clock
+        busy_until_s = self._busy_until_s[self._hosts[name]]
 
         def duration_s(shape: StepShape) -> float:
             see(model, shape)
             return model.duration_s(shape)
 
-        return duration_s
+        def beside_others_s(shape: StepShape) -> float:
+            """Who computes when a step begins counts for all of it."""
+            see(model, shape)
+            now_s = clock.now_s
+            busy_until_s[name] = 0.0
+            num_busy = sum(until_s > now_s for until_s in busy_until_s.values())
+            seconds = model.contended_s(shape, num_busy / max(1, len(busy_until_s) - 1))
+            busy_until_s[name] = now_s + seconds
+            return seconds
+
+        if profile.contention is None:
+            return duration_s
+        busy_until_s[name] = 0.0
+        return beside_others_s
 
     def _link(self, source_id: str, target_id: str) -> LinkCost:
         """Of the slower side."""
@@ -187,10 +248,25 @@ class VirtualFleet:
 
     def _check_links(self) -> None:
         """Of one pair of each two hosts and profiles: what cannot work is said before anything runs."""
-        sides: dict[Role, dict[tuple[int, str], str]] = {role: {} for role in Role}
+        sides: dict[Role, dict[tuple[int, int], str]] = {role: {} for role in Role}
         for name, worker in self.workers.items():
             role = worker.info.role
-            sides[role].setdefault((self._hosts[name], self._profile(name, role).name), name)
+            sides[role].setdefault((self._hosts[name], id(self._profile(name, role))), name)
         for source_id in sides[Role.PREFILL].values():
             for target_id in sides[Role.DECODE].values():
                 self._link(source_id, target_id)
+
+
+def _num_blocks(engine: EngineConfig, profile: Profile) -> int:
+    """As `engine.engine` sizes its pool; what a GPU's memory leaves is what the profile found."""
+    if engine.num_blocks is not None:
+        return engine.num_blocks
+    if profile.num_gpus:
+        return max(1, profile.kv_capacity_tokens // engine.block_size)
+    block_bytes = profile.kv_bytes_per_token * engine.block_size
+    if engine.kv_cache_memory_bytes < block_bytes:
+        raise ConfigError(
+            f"engine.kv_cache_memory_bytes: {engine.kv_cache_memory_bytes} bytes hold no KV block; "
+            f"one of {profile.name} takes {block_bytes}"
+        )
+    return engine.kv_cache_memory_bytes // block_bytes

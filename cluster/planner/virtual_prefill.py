@@ -12,7 +12,6 @@ from pdserve.cluster.planner.clock import Clock
 from pdserve.cluster.planner.virtual_engine import VirtualEngine
 from pdserve.engine.block_pool import BlockState
 from pdserve.engine.plan import ComputedPart
-from pdserve.engine.sequence import Sequence
 from pdserve.kv_transfer.effects import FreeBlocks, QuarantineBlocks
 from pdserve.kv_transfer.lease import HandoffFailed, LeaseEffects, LeaseTimes, SendOffer, StopPrefill
 from pdserve.kv_transfer.leases import LeaseTable
@@ -45,7 +44,7 @@ class VirtualPrefill:
     def prefill(self, request: WorkerRequest, hand_off_to: WorkerRef) -> None:
         now_s = self._clock.now_s
         self._carry_out(self._leases.accept(request.id, hand_off_to, len(request.prompt_token_ids), now_s))
-        sequence = Sequence(request, now_s, hand_off=True)
+        sequence = self._engine.sequence_type(request, now_s, hand_off=True)
         self._engine.post(lambda scheduler: scheduler.add(sequence))
 
     def part_computed(self, part: ComputedPart) -> None:

@@ -6,6 +6,7 @@ streamed; it ends once, with its last token or with a reason. Knows nothing of h
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -80,7 +81,11 @@ class VirtualRouter:
         self._stale: dict[str, None] = {}  # workers whose view has changed since the last placement
         self._runs: dict[HandoffId, _Run] = {}
         self._ids: dict[str, HandoffId] = {}
-        self._turn = 0
+        # In order, for all have the same time: one event, for the first of them, does. With their places in line.
+        self._deadlines: deque[tuple[float, int, HandoffId]] = deque()
+        self._is_deadline_set = False
+        self._num_arrived = self._num_placed = 0
+        self._successors: deque[str] = deque()  # of requests that have just ended, to be placed in this order
 
     @property
     def num_live(self) -> int:
@@ -107,8 +112,8 @@ class VirtualRouter:
     def arrive(self, arrival: Arrival) -> None:
         """A client asks now."""
         now_s = self._clock.now_s
-        self._turn += 1
-        name = str(self._turn)
+        self._num_arrived += 1
+        name = str(self._num_arrived)
         id = HandoffId(name, 0, 0)
         prompt = self._prompts.of(arrival)
         request = WorkerRequest(id, prompt, SamplingParams(max_tokens=arrival.max_tokens), self._timeout_s)
@@ -116,10 +121,12 @@ class VirtualRouter:
         try:
             verdict = self._admission.arrive(name, now_s, now_s + self._timeout_s)
         except PdserveError as error:
+            run.record.end_s = now_s
             self._end(run, error.message)
             return
         self._runs[id], self._ids[name] = run, id
-        self._clock.after(self._timeout_s, self._deadline, id)
+        self._deadlines.append((now_s + self._timeout_s, self._clock.number(), id))
+        self._set_deadline()
         if verdict is Verdict.ADMITTED:
             self._place(run)
 
@@ -130,13 +137,20 @@ class VirtualRouter:
         self._unseen[worker.worker_id] = Unseen()
 
     def lost(self, worker: VirtualWorker) -> None:
-        """Requests that need it end; one that its decode worker has shown to have does not need its prefill worker."""
+        """Requests that need it end."""
+        self.left(worker)
+        for run in [run for run in self._runs.values() if _needs(run, worker)]:
+            self._give_up(run, f"worker {worker.worker_id} was lost")
+
+    def left(self, worker: VirtualWorker) -> None:
+        """It has drained: nobody needs it."""
         del self._workers[worker.worker_id], self._unseen[worker.worker_id]
         self._stale.pop(worker.worker_id, None)
         self._candidates.remove(worker.worker_id)
-        for run in [run for run in self._runs.values() if worker in run.legs]:
-            if worker is run.legs[0] or not run.is_decoding:
-                self._give_up(run, f"worker {worker.worker_id} was lost")
+
+    def needs(self, worker: VirtualWorker) -> bool:
+        """Whether a request would end if that worker were lost."""
+        return any(_needs(run, worker) for run in self._runs.values())
 
     def token(self, worker: VirtualWorker, step: SequenceStep) -> None:
         """The first token of a worker for a request, or the last one."""
@@ -173,11 +187,12 @@ class VirtualRouter:
 
     def _place(self, run: _Run) -> None:
         prompt_tokens = len(run.request.prompt_token_ids)
+        self._num_placed += 1
         try:
             for worker_id in self._stale:
                 self._candidates.put(self._view(self._workers[worker_id]))
             self._stale.clear()
-            placement = place(self._policy, self._candidates, prompt_tokens, self._turn)
+            placement = place(self._policy, self._candidates, prompt_tokens, self._num_placed)
             prefill, decode = self._workers[placement.prefill_id], self._workers[placement.decode_id]
             prefill.engine.scheduler.check(run.request, prefill is not decode)
             decode.engine.scheduler.check(run.request)
@@ -210,10 +225,22 @@ class VirtualRouter:
     def _view(self, worker: VirtualWorker) -> WorkerView:
         return WorkerView(worker.load, worker.info.layout, self._unseen[worker.worker_id].pending)
 
-    def _deadline(self, id: HandoffId) -> None:
-        run = self._runs.get(id)
-        if run is not None:
-            self._give_up(run, "the deadline passed")
+    def _set_deadline(self) -> None:
+        """Of the oldest request that has not ended."""
+        while self._deadlines and self._deadlines[0][2] not in self._runs:
+            self._deadlines.popleft()
+        if self._deadlines and not self._is_deadline_set:
+            moment_s, number, _ = self._deadlines[0]
+            self._clock.at_place(moment_s, number, self._deadline, number)
+            self._is_deadline_set = True
+
+    def _deadline(self, number: int) -> None:
+        self._is_deadline_set = False
+        if self._deadlines and self._deadlines[0][1] == number:
+            run = self._runs.get(self._deadlines.popleft()[2])
+            if run is not None:
+                self._give_up(run, "the deadline passed")
+        self._set_deadline()
 
     def _give_up(self, run: _Run, failure: str) -> None:
         self._leave(run, failure, self._clock.now_s)
@@ -232,7 +259,15 @@ class VirtualRouter:
         successor = self._admission.leave(id.request_id, self._clock.now_s)
         self._end(run, failure)
         if successor is not None:
-            self._place(self._runs[self._ids[successor]])
+            self._successors.append(successor)
+            if len(self._successors) == 1:
+                self._place_successors()
+
+    def _place_successors(self) -> None:
+        """One that nobody can take ends, and so makes room for another one."""
+        while self._successors:
+            self._place(self._runs[self._ids[self._successors[0]]])
+            self._successors.popleft()
 
     def _is_here(self, worker: VirtualWorker) -> bool:
         """A worker that died is not the one that came in its place."""
@@ -242,3 +277,8 @@ class VirtualRouter:
         run.record.failure = failure
         self._prompts.answered(run.record.arrival, run.request.prompt_token_ids, run.record.num_output_tokens)
         self._on_end(run.record)
+
+
+def _needs(run: _Run, worker: VirtualWorker) -> bool:
+    """One that its decode worker has shown to have does not need its prefill worker."""
+    return worker in run.legs and (worker is run.legs[0] or not run.is_decoding)

@@ -1,7 +1,7 @@
 """One simulated worker: an engine whose steps only take time, under the roles that it would have.
 
-What `cluster.worker_requests` does for requests, without I/O. One that is to change its role drains: it takes nothing
-new, and turns when it is empty. One that dies is never heard of again; what others ask of it comes to nothing. Knows
+What `cluster.worker_requests` does for requests, without I/O. One that drains takes nothing new, and who asked for it
+hears when it is empty. One that dies is never heard of again; what others ask of it comes to nothing. Knows
 nothing of how requests are placed.
 """
 
@@ -20,15 +20,14 @@ from pdserve.cluster.planner.virtual_prefill import VirtualPrefill
 from pdserve.cluster.worker_load import worker_load
 from pdserve.engine.plan import SequenceStep
 from pdserve.engine.scheduler import Scheduler
-from pdserve.engine.sequence import Sequence
 from pdserve.engine.turn import Turn
 from pdserve.kv_transfer.lease import LeaseTimes
 from pdserve.kv_transfer.reservation import Timeouts
-from pdserve.proto.types import HandoffId, KVPart, KVTicket, Role, WorkerInfo, WorkerLoad, WorkerRef, WorkerRequest
+from pdserve.proto.types import HandoffId, KVPart, KVTicket, WorkerInfo, WorkerLoad, WorkerRef, WorkerRequest
 
 SWEEP_S = 1.0
 
-Turned = Callable[["VirtualWorker", Role], None]
+Emptied = Callable[["VirtualWorker"], None]
 
 
 class Listener(Protocol):
@@ -78,7 +77,8 @@ class VirtualWorker:
         self._load: WorkerLoad | None = None
         self._step_s = 0.0
         self._is_dead = False
-        self._next_role: tuple[Role, float, Turned] | None = None
+        self._draining: tuple[float, Emptied] | None = None
+        self._is_emptied = False  # what was to come of it is under way
         self._clock.after(SWEEP_S, self._sweep)
         self.engine.post(_nothing)
 
@@ -92,13 +92,13 @@ class VirtualWorker:
         """After the last turn."""
         if self._load is None:
             assert self._turn is not None, "the first turn comes before the first request"
-            self._load = worker_load(self.info, self._turn, self._step_s, draining=self._next_role is not None)
+            self._load = worker_load(self.info, self._turn, self._step_s, draining=self._draining is not None)
         return self._load
 
-    def flip(self, role: Role, flip_s: float, turned: Turned) -> None:
-        """Become a worker of that role, `flip_s` after the last request here has ended. A worker under way goes on."""
-        if self._next_role is None:
-            self._next_role = (role, flip_s, turned)
+    def drain(self, after_s: float, emptied: Emptied) -> None:
+        """Take nothing new; `emptied(self)`, so long after the last request here has ended. One under way goes on."""
+        if self._draining is None:
+            self._draining = (after_s, emptied)
             self.engine.post(_nothing)
 
     def die(self) -> None:
@@ -112,17 +112,15 @@ class VirtualWorker:
         self._decode.peer_gone(peer)
 
     def prefill(self, request: WorkerRequest, hand_off_to: WorkerRef | None) -> None:
-        """Raises InvalidRequest for what the engine could never finish."""
-        self.engine.scheduler.check(request, hand_off_to is not None)
+        """What the engine's scheduler could finish, as its `check` says."""
         if hand_off_to is not None:
             self._prefill.prefill(request, hand_off_to)
             return
-        sequence = Sequence(request, self._clock.now_s)
+        sequence = self.engine.sequence_type(request, self._clock.now_s)
         self.engine.post(lambda scheduler: scheduler.add(sequence))
 
     def expect(self, request: WorkerRequest, source: WorkerRef) -> None:
-        """Raises InvalidRequest, like `prefill`."""
-        self.engine.scheduler.check(request)
+        """Like `prefill`."""
         self._decode.expect(request, source)
 
     def abort(self, handoff: HandoffId, reason: str) -> None:
@@ -169,20 +167,19 @@ class VirtualWorker:
                     self._listener.token(self, one)
         self._decode.turn_ended(turn)
         self._listener.load_arrived(self)
-        if self._next_role is not None:
-            self._turn_if_empty()
+        if self._draining is not None:
+            self._look_if_empty(*self._draining)
 
-    def _turn_if_empty(self) -> None:
-        assert self._next_role is not None
-        if self.engine.scheduler.has_work or not (self._prefill.is_idle and self._decode.is_idle):
-            return
-        role, flip_s, turned = self._next_role
-        self._clock.after(flip_s, self._flipped, role, turned)
+    def _look_if_empty(self, after_s: float, emptied: Emptied) -> None:
+        is_idle = self._prefill.is_idle and self._decode.is_idle
+        if is_idle and not self.engine.scheduler.has_work and not self._is_emptied:
+            self._is_emptied = True
+            self._clock.after(after_s, self._emptied, emptied)
 
-    def _flipped(self, role: Role, turned: Turned) -> None:
-        if self._next_role is not None and not self._is_dead:
-            self._next_role = None
-            turned(self, role)
+    def _emptied(self, emptied: Emptied) -> None:
+        if not self._is_dead:
+            self._draining, self._is_emptied = None, False
+            emptied(self)
             self.engine.post(_nothing)
 
     def _sweep(self) -> None:
@@ -193,7 +190,7 @@ class VirtualWorker:
             peer = self._peer(source)
             for lost in handoffs if peer is None else peer._prefill.renew(handoffs):
                 self._decode.lost(lost)
-        if self._next_role is not None:
+        if self._draining is not None and not self._is_emptied:
             self.engine.post(_nothing)  # looks whether it is empty
         self._clock.after(SWEEP_S, self._sweep)
 

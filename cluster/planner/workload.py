@@ -4,7 +4,7 @@
     source = workload.source(rate=12.0, seed=3, num_requests=3000)
 
 Besides the kinds of `workload_kinds` there are two that are made of them: a `mix` of several at once, and a `scenario`
-of pieces that follow each other. These do not nest. Reads no YAML: the commands do.
+of pieces that follow each other. These do not nest. Reads no YAML: `cluster.workload_files` does.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, model_validator
 from pydantic_core import ErrorDetails
@@ -32,10 +32,21 @@ Traffic: TypeAlias = Annotated[
 ]
 
 
-class Part(Section):
-    """One of several kinds of traffic at once."""
+class Within(Section):
+    """Traffic that belongs to a mix or a scenario."""
 
     workload: Traffic
+
+    @model_validator(mode="after")
+    def _no_course_of_its_own(self) -> Self:
+        if self.workload.whole_course:
+            raise ValueError("whole_course is of the mix or scenario as a whole; write it there")
+        return self
+
+
+class Part(Within):
+    """One of several kinds of traffic at once."""
+
     share: Positive | None = None
 
 
@@ -55,6 +66,12 @@ class Mix(WorkloadSpec):
         if self.rate is not None or self.parts[0].share is not None:
             return super().own_rate()
         return math.fsum(self._weights()) * self.rate_scale
+
+    def slo_classes(self) -> frozenset[str | None]:
+        return frozenset[str | None]().union(*(part.workload.slo_classes() for part in self.parts))
+
+    def drift_s(self) -> float:
+        return max(part.workload.drift_s() for part in self.parts)
 
     def course_s(self, rate: float) -> float:
         weights = self._weights()
@@ -76,10 +93,9 @@ class Mix(WorkloadSpec):
         return [part.share or _known_rate(part.workload, f"parts.{n}") for n, part in enumerate(self.parts)]
 
 
-class Piece(Section):
+class Piece(Within):
     """A stretch of a scenario. Its `rate` is by default the workload's own."""
 
-    workload: Traffic
     duration_s: Positive
     rate: Positive | None = None
 
@@ -105,7 +121,10 @@ class Scenario(WorkloadSpec):
     def own_rate(self) -> float:
         return (self.rate or mean_rate(self._spans())) * self.rate_scale
 
-    def course_s(self, rate: float) -> float:
+    def slo_classes(self) -> frozenset[str | None]:
+        return frozenset[str | None]().union(*(piece.workload.slo_classes() for piece in self.pieces))
+
+    def drift_s(self) -> float:
         return math.fsum(piece.duration_s for piece in self.pieces)
 
     def shares_prefixes(self) -> bool:
@@ -114,12 +133,12 @@ class Scenario(WorkloadSpec):
     def build(self, demand: Demand) -> Source:
         spans = self._spans()
         factor = demand.rate / mean_rate(spans)
-        scaled = [Span(span.duration_s, span.rate * factor) for span in spans]
+        scaled = [Span(span.duration_s * demand.drift_scale, span.rate * factor) for span in spans]
         total = math.fsum(span.duration_s * span.rate for span in spans)
         built = []
         for number, (piece, span) in enumerate(zip(self.pieces, scaled, strict=True)):
             share = spans[number].duration_s * spans[number].rate / total
-            course = envelope(scaled, number, self.fade_s)
+            course = envelope(scaled, number, self.fade_s * demand.drift_scale)
             built.append(piece.workload.build(demand.part(number, span.rate, share, course)))
         return Merged(built)
 

@@ -176,8 +176,9 @@ class Diurnal(Section):
             return dict(zip(("amplitude", "period_s", "phase"), value.split(":", 2), strict=False))
         return {"amplitude": value} if isinstance(value, int | float) else value
 
-    def segments(self) -> Iterator[Segment]:
-        return processes.sine(self.amplitude, self.period_s, self.phase)
+    def segments(self, scale: float = 1.0) -> Iterator[Segment]:
+        """With another period, `scale` times as long, for those who cannot wait for a day."""
+        return processes.sine(self.amplitude, self.period_s * scale, self.phase)
 
 
 class SharedPrompts(Section):

@@ -44,13 +44,17 @@ class Kind(WorkloadSpec):
     classes: Classes = Field(default_factory=dict)
     diurnal: Diurnal | None = None
 
-    def course_s(self, rate: float) -> float:
+    def slo_classes(self) -> frozenset[str | None]:
+        return frozenset(self.classes) or frozenset({None})
+
+    def drift_s(self) -> float:
         return self.diurnal.period_s if self.diurnal else 0.0
 
     def _segments(self, demand: Demand, phases: Iterator[Segment] | None = None) -> Iterator[Segment]:
         """The rate over time: the demand's, times phases of its own, times the time of day."""
         found = constant(demand.rate) if demand.envelope is None else demand.envelope
-        for factor in (phases, self.diurnal.segments() if self.diurnal else None):
+        day = self.diurnal.segments(demand.drift_scale) if self.diurnal else None
+        for factor in (phases, day):
             found = found if factor is None else product(found, factor)
         return found
 
@@ -217,16 +221,12 @@ class Replayed(Kind, TraceFile):
     def shares_prefixes(self) -> bool:
         return self.sample().has_prefixes
 
-    def course_requests(self) -> int:
-        sample = self.sample()
-        return sample.num_requests if self._order(sample) == "replay" else 0
-
     def course_s(self, rate: float) -> float:
         sample = self.sample()
-        if self._order(sample) == "resample":
+        if self._order(sample) != "replay":
             return super().course_s(rate)
         faster = rate * sample.mean_gap_s if self.scaling == "time" else 1.0
-        return max(super().course_s(rate), sample.duration_s / faster)
+        return max(super().course_s(rate), sample.num_requests * sample.mean_gap_s / faster)
 
     def _order(self, sample: TraceSample) -> Literal["replay", "rotate", "resample"]:
         return self.order or ("rotate" if sample.has_prefixes else "resample")

@@ -6,8 +6,8 @@
     synthetic?prompt=1024&output=128&rate=4
     sessions?mean_turns=6&think_s=5/30&prompt=60/300&output=200/500
 
-Keys are those of the kind; `a.b=c` sets a key within `a`. A path with `?` in it must be written in YAML. Checks the
-form alone: fields are checked where they are defined.
+Keys are those of the kind; `a.b=c` sets a key within `a`. A path with `?` in it must be written in YAML, and so must a
+mix or a scenario: a line has no room for parts. Checks the form alone: fields are checked where they are defined.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from typing import Any
 from pdserve.cluster.arrivals import WORKLOADS
 from pdserve.proto.errors import ConfigError
 
-KINDS = ("synthetic", "trace", "sessions", "mix", "scenario")
+COMPOUND = {"mix": "parts", "scenario": "pieces"}
+KINDS = ("synthetic", "trace", "sessions", *COMPOUND)
 
 
 def as_mapping(value: Any) -> Any:
@@ -67,6 +68,11 @@ def _preset(name: Any) -> dict[str, Any]:
 def _parsed(text: str) -> dict[str, Any]:
     head, _, query = text.strip().partition("?")
     kind, colon, path = head.partition(":")
+    if kind in COMPOUND:
+        raise ConfigError(
+            f"workload: a {kind} has {COMPOUND[kind]}, for which a line has no room; write it as YAML and give "
+            "FILE.yaml (docs/planner.md, Workloads)"
+        )
     if kind in KINDS:
         found: dict[str, Any] = {"kind": kind}
         if colon and kind != "trace":
@@ -78,7 +84,7 @@ def _parsed(text: str) -> dict[str, Any]:
     else:
         raise ConfigError(
             f"workload: {head!r} is neither a preset ({', '.join(WORKLOADS)}) nor a kind ({', '.join(KINDS)}); "
-            "a trace is written trace:PATH"
+            "a trace is written trace:PATH, a file FILE.yaml without ?..."
         )
     for part in query.split("&") if query else []:
         _set(found, part)

@@ -12,7 +12,15 @@ from planner_setups import make_config
 from pdserve.cluster.planner.profile import LinkCost, Overheads, dump, load
 from pdserve.cluster.planner.step_model import StepModel
 from pdserve.cluster.planner.step_shape import StepShape, chunk_pairs
-from pdserve.cluster.profiling_clusters import cores_per_worker, handoff_sizes, mixed_config, pair_config
+from pdserve.cluster.profiling_clusters import (
+    LONE_SHARE,
+    MIXED_SHARE,
+    cores_per_worker,
+    handoff_sizes,
+    mixed_config,
+    pair_budgets,
+    pair_config,
+)
 from pdserve.cluster.profiling_plan import WorkerLimits
 from pdserve.cluster.profiling_profile import Finding, Identity, Surroundings, profile_of
 from pdserve.cluster.profiling_samples import Timing
@@ -118,3 +126,23 @@ def test_handed_off_prompts_are_of_one_chunk_each() -> None:
     limits = WorkerLimits(64, 512, 2048, 32_768)
     assert handoff_sizes(limits, 16) == (16, 128, 256, 512)
     assert max(handoff_sizes(WorkerLimits(4, 512, 256, 300), 16)) <= 150
+
+
+def test_most_of_the_budget_is_for_steps_and_only_one_pair_takes_some() -> None:
+    first, second = (pair_budgets(100.0, 2, is_first=is_first) for is_first in (True, False))
+    assert first.handoffs_s == second.handoffs_s
+    assert second.steps_s == 0.0
+    assert LONE_SHARE * 100 + MIXED_SHARE * 100 + first.steps_s + first.handoffs_s + second.handoffs_s == pytest.approx(
+        100.0
+    )
+
+
+def test_every_kind_of_worker_is_measured_with_the_largest_steps_that_any_role_may_take() -> None:
+    config = make_config(prefill=1, decode=1)
+    large = {Role.PREFILL: {"max_num_batched_tokens": 4096}, Role.DECODE: {"max_num_seqs": 256}}
+    pools = {str(role): config.pool(role).model_copy(update={"engine": engine}) for role, engine in large.items()}
+    config = config.model_copy(update=pools)
+    for measured, roles in ((mixed_config(config), [Role.MIXED]), (pair_config(config, "shm"), list(large))):
+        for role in roles:
+            engine = measured.engine_for(role)
+            assert (engine.max_num_seqs, engine.max_num_batched_tokens) == (256, 4096)

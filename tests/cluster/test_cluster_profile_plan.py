@@ -69,11 +69,13 @@ def test_contexts_of_one_batch_differ_so_that_their_price_can_be_told() -> None:
     assert all(max(contexts) >= 4 * min(contexts) for contexts in by_batch.values())
 
 
-def test_the_corners_come_first() -> None:
+def test_a_quarter_of_the_work_has_steps_of_every_kind() -> None:
     bursts = plan_bursts(USUAL)
-    first = bursts[: len(bursts) // 2]
-    assert {1, 64} <= {burst.num_streams for burst in first}
-    assert any(512 in burst.prompts and not burst.num_streams for burst in first)
+    work = [burst.num_streams * burst.context_tokens + sum(burst.prompts) for burst in bursts]
+    first = [burst for number, burst in enumerate(bursts) if sum(work[: number + 1]) <= sum(work) / 4]
+    assert {1, 64} <= {burst.num_streams for burst in first if not burst.prompts}
+    assert any(burst.num_streams and burst.prompts for burst in first)
+    assert max(max(burst.prompts) for burst in first if burst.prompts) >= USUAL.chunk_tokens // 4
 
 
 def test_a_worker_without_room_is_refused() -> None:

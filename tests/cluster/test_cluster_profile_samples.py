@@ -34,16 +34,16 @@ def timings(durations_s: Iterable[float], shape: StepShape = DECODE) -> list[Tim
 
 
 def test_a_step_that_follows_at_once_costs_its_period_and_the_first_one_its_duration() -> None:
-    found = list(timings_of(records((0.0, 0.010, True), (0.012, 0.010, True), (0.024, 0.010, False))))
+    found = timings_of([records((0.0, 0.010, True), (0.012, 0.010, True), (0.024, 0.010, False))])[0]
     assert [one.cost_s for one in found] == pytest.approx([0.010, 0.012, 0.012])
     assert [one.period_s is None for one in found] == [True, False, False]
 
 
 def test_idleness_and_lost_steps_leave_no_period() -> None:
-    idle = list(timings_of(records((0.0, 0.010, False), (5.0, 0.010, True))))
+    idle = timings_of([records((0.0, 0.010, False), (5.0, 0.010, True))])[0]
     assert idle[1].period_s is None
     lost = records((0.0, 0.010, True)) + records((0.030, 0.010, True), first=2)
-    assert [one.period_s for one in timings_of(lost)] == [None, None]
+    assert [one.period_s for one in timings_of([lost])[0]] == [None, None]
 
 
 def test_nearly_equal_shapes_become_one_sample_with_their_mean() -> None:
@@ -54,6 +54,21 @@ def test_nearly_equal_shapes_become_one_sample_with_their_mean() -> None:
     assert len(samples_of([*timings([0.010]), *timings([0.020], decode(8)), *timings([0.030], PREFILL)])) == 3
 
 
+def test_a_worker_whose_work_had_to_be_waited_for_was_idle() -> None:
+    """A prompt under way counts as work before there is anything to compute."""
+    (before, after) = timings_of([records((0.0, 0.010, True), (5.0, 0.010, True))])[0]
+    assert before.cost_s == after.cost_s == pytest.approx(0.010)
+
+
+def test_a_step_knows_how_much_company_it_had() -> None:
+    one = records((0.0, 0.010, True), (0.010, 0.010, False))
+    others = [records((0.005, 0.010, False)), records((0.0, 0.020, False)), []]
+    first, second = timings_of([one, *others])[0]
+    assert first.busy == pytest.approx((0.5 + 1.0 + 0.0) / 3)
+    assert second.busy == pytest.approx((0.5 + 1.0 + 0.0) / 3)
+    assert timings_of([one])[0][0].busy == 0.0
+
+
 def test_a_step_that_something_else_held_up_does_not_count() -> None:
     (sample,) = samples_of(timings([0.010, 0.011, 0.010, 0.250]))
     assert sample.duration_s == pytest.approx(0.031 / 3)
@@ -61,7 +76,7 @@ def test_a_step_that_something_else_held_up_does_not_count() -> None:
 
 def test_steps_whose_thread_had_to_wait_for_its_core_do_not_count() -> None:
     quiet = [Timing(DECODE, 0.010, 0.0099, None)] * 6
-    held = [Timing(DECODE, 0.014, 0.0099, None)] * 10
+    held = [Timing(DECODE, 0.016, 0.0099, None)] * 10
     (sample,) = samples_of([*quiet, *held])
     assert sample.duration_s == pytest.approx(0.010)
 

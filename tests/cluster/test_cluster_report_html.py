@@ -146,12 +146,33 @@ def test_the_head_has_question_verdict_reasons_and_warnings(tuned: Page) -> None
 
 
 def test_several_classes_of_targets_are_all_named(tmp_path: Path) -> None:
-    question = replace(
-        make_answer().question, targets=(Target("chat", 500, 50, 0.9), Target("batch", 5000, 200, 0.99, weight=0.25))
-    )
+    targets = (Target("chat", 500, 50, 0.9), Target("batch", 5000, 200, 0.99))
+    question = replace(make_answer().question, targets=targets)
     page = report(make_answer(question=question), tmp_path)
     assert "Target: batch" in page.text
-    assert "TTFT ≤ 5,000 ms and TPOT ≤ 200 ms for 99 % of requests, weight 0.25" in page.text
+    assert "TTFT ≤ 5,000 ms and TPOT ≤ 200 ms for 99 % of requests" in page.text
+
+
+def test_where_classes_have_shares_of_their_own_no_line_says_that_all_requests_have_one(tmp_path: Path) -> None:
+    """A goodput is where the first class falls to its share; no mean of shares is what it was measured at."""
+    targets = (Target("chat", 500, 50, 0.9), Target("batch", 5000, 200, 0.99))
+    page = report(make_answer(question=replace(make_answer().question, targets=targets)), tmp_path)
+    drawn = re.findall(r'<svg class="plot" role="img" aria-labelledby="attainment.*?</svg>', page.source, re.DOTALL)
+    assert "target 9" not in drawn[0]
+    assert "a goodput is where the first class falls to its own share (chat 0.9, batch 0.99)" in page.text
+    alike = tuple(replace(target, share=0.9) for target in targets)
+    assert (
+        "target 90 %" in report(make_answer(question=replace(make_answer().question, targets=alike)), tmp_path).source
+    )
+
+
+def test_a_rate_that_was_not_found_is_not_called_infeasible(tmp_path: Path) -> None:
+    findings = list(make_answer().findings)
+    nothing = replace(findings[-1].goodput, rate=0.0, failing="")
+    findings[-1] = replace(findings[-1], goodput=nothing, is_refined=True)
+    row = report(make_answer(findings=tuple(findings)), tmp_path).row(findings[-1].setup.name)
+    assert "no rate found" in " ".join(row)
+    assert "infeasible" not in " ".join(row)
 
 
 def test_hostile_names_are_text(tmp_path: Path) -> None:

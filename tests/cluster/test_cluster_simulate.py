@@ -11,7 +11,7 @@ from command_runner import application
 from planner_setups import make_profile
 from typer.testing import CliRunner, Result
 
-from pdserve.cluster.planner.profile import dump
+from pdserve.cluster.planner.profile import Power, dump
 from pdserve.cluster.simulate_command import simulate
 
 APP = application(simulate)
@@ -108,3 +108,50 @@ def test_a_role_without_a_profile_is_named(profile: Path) -> None:
     done = invoke("--profile", f"prefill={profile}")
     assert done.exit_code == 2
     assert "none for decode workers" in done.stderr
+
+
+def test_one_worker_may_be_slower_than_the_rest_of_its_role(profile: Path, tmp_path: Path) -> None:
+    slow = tmp_path / "slow.json"
+    slow.write_text(dump(make_profile(name="slow", overheads={"request_s": 1.0})))
+    asked = ("--workload", "short", "--set", "prefill.replicas=2", "--set", "router.policy=round_robin")
+    found = simulated(profile, *asked, "--profile", f"prefill-1={slow}")
+    assert found["profiles"]["prefill"]["name"] == "made up"
+    assert found["profiles"]["prefill-1"]["name"] == "slow"
+    assert found["ttft"]["p90_ms"] > 1000 > found["ttft"]["mean_ms"]
+    assert (found["cost"], found["energy"]) == (None, None)
+
+
+def test_step_times_of_another_model_than_the_configurations_are_said(profile: Path) -> None:
+    words = "made up is of the model model, the configuration of demo: step times are the profile's"
+    assert words in simulated(profile, "--workload", "short")["notes"]
+    profile.write_text(dump(make_profile(model="demo")))
+    assert simulated(profile, "--workload", "short")["notes"] == []
+
+
+def test_every_slo_class_is_judged_by_its_own_targets(profile: Path) -> None:
+    asked = ("--workload", "short?classes=chat:3,batch:1", "--ttft-ms", "500", "--tpot-ms", "50")
+    slos = ("--slo", "chat:ttft=1,tpot=50,share=0.95")
+    chat, rest = simulated(profile, *asked, *slos)["classes"]
+    assert (chat["name"], chat["attainment"], chat["share"], chat["is_met"]) == ("chat", 0.0, 0.95, False)
+    assert (rest["name"], rest["attainment"], rest["share"], rest["is_met"]) == ("all", 1.0, 0.9, True)
+    assert chat["num_requests"] + rest["num_requests"] == 60
+    assert simulated(profile, *asked)["classes"] == []
+    shown = invoke("--profile", str(profile), *asked, *slos)
+    assert "SLO classes" in shown.stdout
+    done = invoke("--profile", str(profile), *asked, "--slo", "code:ttft=1,tpot=1")
+    assert "no request is of the class code; classes of the workload: batch, chat" in done.stderr
+
+
+def test_cost_and_energy_are_those_of_the_whole_run_where_the_profile_knows_them(profile: Path) -> None:
+    assert simulated(profile, "--workload", "short")["cost"] is None
+    power = Power(idle_w=100.0, prefill_w=100.0, decode_w=100.0)
+    profile.write_text(dump(make_profile(price_per_gpu_hour=1.8, power=power)))
+    found = simulated(profile, "--workload", "short")
+    # Two GPUs that draw 100 W whatever they do.
+    a_request_s = found["duration_s"] / 60
+    assert found["cost"]["per_hour"] == pytest.approx(3.6)
+    assert found["cost"]["per_million_requests"] == pytest.approx(1e6 * a_request_s * 3.6 / 3600, rel=0.01)
+    assert found["energy"]["joules_per_request"] == pytest.approx(200 * a_request_s, rel=0.01)
+    shown = invoke("--profile", str(profile), "--workload", "short")
+    assert "cost 3.6 an hour" in shown.stdout
+    assert "J a request" in shown.stdout

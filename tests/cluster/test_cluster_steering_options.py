@@ -19,7 +19,7 @@ def test_actions_come_in_order_of_time() -> None:
     found = []
     while script.next_s() < math.inf:
         now_s = script.next_s()
-        found += [(now_s, action) for action in script.act(now_s, ())]
+        found += [(now_s, action) for action in script.act(now_s, (), 0)]
     assert found == [
         (5.5, Fail("prefill-0", math.inf)),
         (20.0, Flip("prefill-1", Role.DECODE)),

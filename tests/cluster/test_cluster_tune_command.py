@@ -83,7 +83,6 @@ def test_the_answer_as_json_has_everything_that_was_found(answered: tuple[Result
         "ttft_ms": 200.0,
         "tpot_ms": 30.0,
         "share": 0.9,
-        "weight": 1.0,
     }
 
 
@@ -164,6 +163,7 @@ def test_targets_that_nothing_can_hold_say_which_fails_and_what_would_do(profile
         (["--gpus", "2", *TARGETS, "--attainment", "90"], "share 90 is not between 0 and 1"),
         (["--gpus", "2", "--slo", "chat:ttft=5"], "ttft and tpot are both needed"),
         (["--gpus", "2", "--slo", "chat:ttft=5,tpot=x"], "tpot: 'x' is not a number"),
+        (["--gpus", "2", "--slo", "chat:ttft=5,tpot=5,weight=2"], "'weight=2' is not known"),
         (["--gpus", "2", "--slo", "chat:ttft=5,tpot=5", "--slo", "code:ttft=5,tpot=5"], "requests of no class"),
         (["--gpus", "2", *TARGETS, "--workload", "nonsense"], "is neither a preset"),
         (["--gpus", "2", *TARGETS, "--workload", "trace:/no/such.csv"], "/no/such.csv"),
@@ -199,6 +199,46 @@ def test_a_worker_that_needs_more_gpus_than_there_are_is_said(tmp_path: Path) ->
     path = tmp_path / "big.json"
     path.write_text(dump(make_profile(num_gpus=8, tensor_parallel_size=8)))
     assert "a worker needs 8 GPUs" in refused(path, "--gpus", "4", *TARGETS)
+
+
+def test_a_class_that_comes_too_rarely_to_be_seen_first_is_missed_all_the_same(profile: Path) -> None:
+    workload = "synthetic?prompt=64&output=8&rate=1&classes=chat:0.9999999,batch:1e-7"
+    slos = ("--slo", "chat:ttft=500,tpot=50", "--slo", "other:ttft=500,tpot=50")
+    assert "requests of the class batch" in refused(profile, "--gpus", "2", "--workload", workload, *slos)
+
+
+def test_prompts_that_no_worker_can_hold_are_cut_and_this_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "small.json"
+    path.write_text(dump(make_profile(kv_capacity_tokens=4_000)))
+    options = [word if word != "short" else "synthetic?prompt=6000&output=20&rate=1" for word in SMALL]
+    loose = [*options, "--ttft-ms", "2000"]
+    done = invoke("--profile", str(path), *loose, "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found["findings"][0]["goodput"]["rate"] > 0
+    assert any("100.0% of the requests are longer than what a worker can hold" in line for line in found["warnings"])
+
+
+def test_rows_name_profiles_only_where_they_differ_in_hardware(tmp_path: Path) -> None:
+    """Of one profile for each tensor-parallel degree the degree says which it is."""
+    paths = {}
+    kinds: dict[str, dict[str, Any]] = {
+        "the first": {},
+        "of two": {"tensor_parallel_size": 2, "num_gpus": 2},
+        "of others": {"hardware": "other"},
+    }
+    for name, changes in kinds.items():
+        paths[name] = tmp_path / f"{name}.json"
+        paths[name].write_text(dump(make_profile(name=name, **changes)))
+    few = [{"1P1D,2M": "1P1D", "2": "4"}.get(word, word) for word in SMALL]
+    degrees = invoke("--profile", str(paths["the first"]), "--profile", str(paths["of two"]), *few)
+    assert degrees.exit_code == 0, degrees.output
+    table = degrees.stdout.partition("plit")[0]
+    assert "the first" not in table
+    sides = ("--profile", f"prefill={paths['the first']}", "--profile", f"decode={paths['of others']}")
+    named = invoke(*sides, *few)
+    assert named.exit_code == 0, named.output
+    assert "1P1D the first of others" in named.stdout
 
 
 @pytest.mark.slow

@@ -34,8 +34,18 @@ APP = application(validate)
 )
 def test_wrong_use_is_one_line_and_exit_status_2(tmp_path: Path, arguments: list[str], words: str) -> None:
     path = tmp_path / "profile.json"
-    path.write_text(dump(make_profile()))
+    path.write_text(dump(make_profile(model="demo")))
     done = CliRunner().invoke(APP, ["validate", "--profile", str(path), *arguments])
     assert done.exit_code == 2, done.output
     (line,) = done.stderr.splitlines()
     assert words in line
+
+
+def test_a_profile_of_another_model_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    path.write_text(dump(make_profile(model="8B")))
+    done = CliRunner().invoke(APP, ["validate", "--profile", str(path), "--request-rate", "1"])
+    assert done.exit_code == 2, done.output
+    (line,) = done.stderr.splitlines()
+    assert "made up is of the model 8B, the configuration of demo" in line
+    assert "--set served_model_name=8B" in line

@@ -17,7 +17,7 @@ from pdserve.cluster.planner.step_model import StepModel
 from pdserve.cluster.planner.step_shape import StepShape, chunk_pairs
 from pdserve.cluster.profiling_samples import Timing
 from pdserve.cluster.validation import Comparison, Point, compare, orders
-from pdserve.cluster.validation_point import Judgement, adapted, judged_real, judged_simulated, step_error
+from pdserve.cluster.validation_point import Judgement, adapted, foretold, judged_real, judged_simulated, step_error
 from pdserve.cluster.validation_report import render
 from pdserve.cluster.validation_run import MeasuredRun
 from pdserve.cluster.validation_setups import set_up_config
@@ -131,6 +131,15 @@ def test_prompts_of_token_ids_are_not_tokenised_in_the_simulation() -> None:
     profile = make_profile()
     texts = profile.model_copy(update={"overheads": profile.overheads.model_copy(update={"tokenize_s_per_token": 1.0})})
     assert adapted(texts, ()) == profile
+
+
+def test_prompts_that_begin_alike_are_found_in_the_caches_of_both_sides() -> None:
+    """The load generator makes equal blocks of equal prefix ids, and engines cache by default."""
+    profiles = dict.fromkeys(Role, make_profile())
+    alike = [Arrival(float(number), 1100, 4, prefix_ids=(7, 8)) for number in range(4)]
+    found = foretold(make_config(), profiles, alike)
+    assert found.num_prefix_hit_tokens >= 3 * 1024
+    assert foretold(make_config(), profiles, [Arrival(0.0, 1100, 4)]).num_prefix_query_tokens == 0
 
 
 def test_a_refit_takes_step_times_from_the_run_and_everything_else_from_the_profile() -> None:

@@ -167,10 +167,8 @@ def test_a_name_that_is_taken_is_refused(cluster: Cluster) -> None:
 
 
 def test_down_leaves_nothing_behind(private_environment: dict[str, str], family_dir: Any) -> None:
-    before = {process.pid for process in psutil.process_iter()}
     with running(private_environment, family_dir("llama")) as cluster:
-        started = [process for process in psutil.process_iter() if process.pid not in before]
-        ours = [process for process in started if is_of_cluster(process)]
+        ours = processes_of(cluster)
         assert len(ours) >= 7, "head, router, controller, two workers and Ray's own"
         folders = {Path(match) for process in ours for match in re.findall(RAY_FOLDER, command_line(process))}
         assert folders, "a private Ray has a folder"
@@ -192,8 +190,11 @@ def command_line(process: psutil.Process) -> str:
         return ""
 
 
-def is_of_cluster(process: psutil.Process) -> bool:
-    return any(word in command_line(process) for word in ("pdserve", "ray::"))
+def processes_of(cluster: Cluster) -> list[psutil.Process]:
+    """Its head and everything that this started: whatever else runs on this machine is not asked about."""
+    state = Path(cluster.environment["XDG_STATE_HOME"]) / "pdserve" / cluster.name / "cluster.json"
+    head = psutil.Process(json.loads(state.read_text())["head_pid"])
+    return [head, *head.children(recursive=True)]
 
 
 def test_a_signal_during_up_or_while_serving_takes_everything_down(

@@ -223,7 +223,7 @@ def test_penalties_see_every_token_that_was_appended_since_the_last_step() -> No
     options = {"repetition_penalty": 1.2, "presence_penalty": 0.3, "frequency_penalty": 0.4, "temperature": 1.0}
     kept = sequence([1, 2, 2], [], seed=9, **options)
     for step in range(60):
-        fresh = sequence([1, 2, 2], kept.token_ids[3:], seed=9, **options)
+        fresh = sequence([1, 2, 2], list(kept.token_ids[3:]), seed=9, **options)
         (token,) = draw(row(step, 1.0)[None], kept)
         assert token == draw(row(step, 1.0)[None], fresh)[0] == naive(row(step, 1.0).tolist(), fresh)
         kept.token_ids.append(token)

@@ -142,8 +142,8 @@ def _end_at_once(reservation: Reservation, kind: str, message: str, release: boo
     return _end(reservation, kind, message, release)
 
 
-def _admit_early(reservation: Reservation, now_s: float) -> ReservationStep:
-    after, effects = _fetch_next(reservation, now_s)
+def _admit_early(reservation: Reservation, num_done: int, now_s: float) -> ReservationStep:
+    after, effects = _fetch_next(reservation, num_done, now_s)
     if after is not None and after.phase is Phase.WAITING and after.num_done > 0:
         return None, (*effects, Admit(after.id, 0, after.block_ids, after.num_held))
     return after, effects

@@ -160,14 +160,6 @@ def test_a_class_that_did_not_come_is_not_judged() -> None:
     assert (measure([outcomes], 1).low, measure([outcomes], 1).high) == (0.0, 1.0)
 
 
-def test_weights_count() -> None:
-    at_s = np.arange(1_000, dtype=np.float64)
-    ok = np.arange(1_000) % 2 == 0
-    found = Outcomes(at_s, at_s + 0.5, ok, np.ones_like(ok), weight=np.where(ok, 3.0, 1.0))
-    assert measure([found]).value == pytest.approx(0.75, abs=0.01)
-    assert found.share() == pytest.approx(0.75)
-
-
 def test_a_run_whose_load_drifts_is_judged_as_a_whole() -> None:
     """Its quiet start is part of the traffic, not of a warm-up."""
     outcomes = swinging(10_000.0, 0.5, 5.0)(0.6, 1, 6_000)

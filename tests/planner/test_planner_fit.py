@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -147,6 +148,63 @@ def test_the_overlap_of_mixed_steps_is_found(overlap: float) -> None:
     assert fit.mixed.median_error < 0.05
 
 
+@pytest.mark.parametrize("extra_s", [0.0, 0.002, 0.006])
+def test_what_mixed_steps_take_beyond_both_phases_is_found(extra_s: float) -> None:
+    alone = timed([*PREFILL_SHAPES, *DECODE_SHAPES], either_s, noise=0.01)
+    mixed = timed(MIXED_SHAPES, lambda shape: mixed_s(shape, 0.5) + extra_s, noise=0.02)
+    fit = fit_steps([*alone, *mixed])
+    assert fit.mixed.extra_s == pytest.approx(extra_s, abs=0.001)
+    assert fit.mixed.overlap == pytest.approx(0.5, abs=0.1)
+
+
+def beside_others(
+    samples: Iterable[StepSample], prefill: float, decode: float, busy: Sequence[float]
+) -> list[StepSample]:
+    """As if the machine's other workers had computed meanwhile: shares of the time, in turn."""
+    found = []
+    for sample, share in zip(samples, itertools.cycle(busy)):
+        slower = prefill if sample.shape.num_prefill_tokens else decode
+        found.append(replace(sample, duration_s=sample.duration_s * (1.0 + slower * share), busy=share))
+    return found
+
+
+@pytest.mark.parametrize(("prefill", "decode"), [(0.3, 0.8), (0.0, 0.5), (0.6, 0.0)])
+def test_what_company_costs_is_found_and_so_are_the_steps_alone(prefill: float, decode: float) -> None:
+    steps = timed([*PREFILL_SHAPES, *DECODE_SHAPES], either_s, noise=0.01, repeats=4)
+    fit = fit_steps(beside_others(steps, prefill, decode, (0.0, 0.2, 0.9, 0.5, 1.0, 0.4, 0.7)))
+    assert fit.contention is not None
+    assert (fit.contention.prefill, fit.contention.decode) == pytest.approx((prefill, decode), abs=0.03)
+    alone = fit_steps(steps)
+    assert fit.prefill[0].per_token_s == pytest.approx(alone.prefill[0].per_token_s, rel=0.05)
+    assert fit.decode[0].fixed_s == pytest.approx(alone.decode[0].fixed_s, rel=0.05)
+
+
+@pytest.mark.parametrize("busy", [[0.0], [0.6], [0.55, 0.6, 0.65]])
+def test_company_that_does_not_vary_has_no_price(busy: list[float]) -> None:
+    steps = timed([*PREFILL_SHAPES, *DECODE_SHAPES], either_s)
+    assert fit_steps(beside_others(steps, 0.3, 0.8, busy)).contention is None
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_the_steps_took_in_sum_is_what_the_fit_says_however_skewed_they_are(seed: int) -> None:
+    """A simulation adds steps up: means matter, and the median of a skewed time lies below its mean."""
+    random, skew = np.random.default_rng(seed), 0.15
+    prompts = [
+        StepShape(n, chunk_pairs(n, c + more), 0, 0) for n, c, more in itertools.product(CHUNKS, CONTEXTS, range(20))
+    ]
+    decodes = [StepShape(0, 0.0, n, n * (c + more)) for n, c, more in itertools.product(BATCHES, CONTEXTS, range(20))]
+    samples = [
+        StepSample(shape, either_s(shape) * float(random.lognormal(-skew * skew / 2, skew)))
+        for shape in (*prompts, *decodes)
+    ]
+    fit = fit_steps(samples)
+    prefill, decode = prefill_phase(fit.prefill), decode_phase(fit.decode)
+    for is_prefill in (True, False):
+        some = [sample for sample in samples if bool(sample.shape.num_prefill_tokens) is is_prefill]
+        said = sum(prefill.seconds(*one.shape[:2]) if is_prefill else decode.seconds(*one.shape[2:]) for one in some)
+        assert said == pytest.approx(sum(one.duration_s for one in some), rel=0.02)
+
+
 def test_mixed_steps_do_not_bend_the_phases() -> None:
     alone = timed([*PREFILL_SHAPES, *DECODE_SHAPES], either_s)
     wild = [StepSample(shape, 9.0) for shape in MIXED_SHAPES]
@@ -171,7 +229,7 @@ def test_thin_regions_are_named_with_what_to_time() -> None:
         "prefill, any number of tokens: 3 distinct shapes; time at least 5",
         "decode, any number of sequences: context did not vary on its own; "
         "time equal steps behind shorter and longer contexts",
-        "mixed steps: none timed; overlap 0 is assumed",
+        "mixed steps: none timed; the sum of both phases is assumed",
     )
 
 

@@ -1,4 +1,4 @@
-"""What happens to a simulated fleet: unequal workers, hosts, deaths, role flips; and prompts that begin alike."""
+"""What happens to a simulated fleet: unequal workers, hosts, deaths, flips, coming and going; and prompts that begin alike."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from planner_setups import BANDWIDTH, KV_BYTES, make_config, make_profile
+from planner_setups import BANDWIDTH, KV_BYTES, PREFILL_FIXED_S, TOKEN_S, make_config, make_profile
 
 from pdserve.cluster.arrivals import Arrival, Lengths, Workload, synthesize
-from pdserve.cluster.planner.profile import DecodeRegion, LinkCost
+from pdserve.cluster.planner.profile import Contention, DecodeRegion, LinkCost, PrefillRegion
 from pdserve.cluster.planner.simulation import Outcome, simulate
 from pdserve.cluster.planner.source import OpenLoop
-from pdserve.cluster.planner.steering import Action, Fail, Flip, Script
+from pdserve.cluster.planner.steering import Action, Fail, Flip, Script, Start, Stop
 from pdserve.cluster.planner.timelapse import Timelapse
 from pdserve.cluster.planner.virtual_router import Record
 from pdserve.cluster.planner.workload import parse_workload
@@ -52,6 +52,64 @@ def test_a_slower_worker_of_a_role_gets_fewer_requests() -> None:
     placed = Counter(record.decode_id for record in outcome.records)
     assert placed["decode-1"] < 0.6 * placed["decode-0"]
     assert_clean(outcome, 200)
+
+
+def test_different_profiles_may_have_one_name() -> None:
+    fixed = (PrefillRegion(num_samples=0, fixed_s=10.0, per_token_s=0.0, per_pair_s=0.0),)
+    profiles = {"prefill": make_profile(), "prefill-1": make_profile(prefill=fixed), "decode": make_profile()}
+    outcome = served([Arrival(0.0, 500, 5), Arrival(0.0, 500, 5)], (2, 1, 0), profiles=profiles)
+    assert sorted(outcome.busy_s.values())[1:] == pytest.approx([PREFILL_FIXED_S + 500 * TOKEN_S, 10.0])
+
+
+@pytest.mark.parametrize(("num_gpus", "failure"), [(0.0, "input"), (1.0, "")])
+def test_a_worker_without_a_gpu_has_the_pool_that_its_engine_is_given(num_gpus: float, failure: str) -> None:
+    profile = make_profile(num_gpus=num_gpus)
+    engine = {"kv_cache_memory_bytes": 30 * 16 * KV_BYTES}
+    arrivals = [Arrival(0.0, 480 - 8, 5), Arrival(0.0, 480 + 8, 5)]
+    records = served(arrivals, (0, 0, 1), profiles={"mixed": profile}, engine=engine).records
+    assert sorted(record.failure.partition(":")[0] for record in records) == ["", failure]
+
+
+def test_a_pool_without_a_block_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"engine\.kv_cache_memory_bytes: 1 bytes hold no KV block"):
+        served([], profiles=dict.fromkeys(Role, make_profile(num_gpus=0)), engine={"kv_cache_memory_bytes": 1})
+
+
+def beside_each_other(num_workers: int, **options: Any) -> list[float]:
+    """How long two requests that nearly only decode take on two of these workers, half a step apart."""
+    profile = make_profile(contention=Contention(prefill=0.0, decode=0.5))
+    arrivals = [Arrival(1.0, 16, 500), Arrival(1.004, 16, 500)]
+    outcome = served(arrivals, (0, 0, num_workers), profiles={"mixed": profile}, **options)
+    assert len({record.decode_id for record in outcome.records}) == 2
+    assert {record.failure for record in outcome.records} == {""}
+    return [(record.end_s or 0.0) - record.arrival.at_s for record in outcome.records]
+
+
+def test_workers_of_one_host_slow_each_other_down_and_those_of_different_hosts_do_not() -> None:
+    far = beside_each_other(2, workers_per_host=1)
+    near = beside_each_other(2)
+    assert near == pytest.approx([took_s * 1.5 for took_s in far], rel=0.02)
+    # Of two others on the host one computes: half of the price.
+    assert beside_each_other(3) == pytest.approx([took_s * 1.25 for took_s in far], rel=0.02)
+
+
+def test_a_dead_worker_is_no_company() -> None:
+    gone = beside_each_other(3, steering=script((0.5, Fail("mixed-2"))))
+    assert gone == pytest.approx(beside_each_other(2), rel=1e-9)
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 0), (0, 0, 3), (1, 1, 1)])
+def test_standing_changes_nothing_among_workers_that_slow_each_other_down(sizes: tuple[int, int, int]) -> None:
+    profiles = dict.fromkeys(Role, make_profile(contention=Contention(prefill=0.3, decode=0.7)))
+    steering = [(6.0, Fail(f"{'mixed' if sizes[2] else 'decode'}-0", 1.0))]
+    exact, fast = (
+        served(
+            traffic(rate=20.0), sizes, profiles=profiles, exact=exact, workers_per_host=3, steering=script(*steering)
+        )
+        for exact in (True, False)
+    )
+    assert (fast.records, fast.busy_s, fast.num_steps) == (exact.records, exact.busy_s, exact.num_steps)
+    assert fast.busy_s != served(traffic(rate=20.0), sizes, steering=script(*steering)).busy_s
 
 
 def test_workers_on_other_hosts_use_the_links_that_reach_them() -> None:
@@ -126,6 +184,60 @@ def test_a_worker_that_turns_loses_nobody_and_then_serves_the_other_side() -> No
     assert_clean(outcome, 200)
 
 
+def test_a_worker_turns_back_when_it_is_told_soon_after() -> None:
+    profiles = {str(role): make_profile(flip_s=20.0) for role in Role}
+    actions = script((5.0, Flip("prefill-1", Role.DECODE)), (27.0, Flip("prefill-1", Role.PREFILL)))
+    outcome = served(traffic(350, rate=5.0), (2, 1, 0), profiles=profiles, steering=actions)
+    decodes = [record.arrival.at_s for record in outcome.records if record.decode_id == "prefill-1"]
+    prefills = [record.arrival.at_s for record in outcome.records if record.prefill_id == "prefill-1"]
+    assert 25.0 < min(decodes) < max(decodes) < 27.5
+    again = [at_s for at_s in prefills if at_s > 6.0]
+    assert 47.0 < min(again) < 50.0
+    assert_clean(outcome, 350)
+
+
+def test_a_worker_that_is_started_serves_when_it_is_up() -> None:
+    actions = script((3.0, Start(Role.DECODE)), (3.0, Start(Role.PREFILL)))
+    outcome = served(traffic(rate=12.0), (1, 1, 0), steering=actions)
+    for side in ("prefill", "decode"):
+        first = min(record.arrival.at_s for record in outcome.records if getattr(record, f"{side}_id") == f"{side}-1")
+        assert 3.0 + make_profile().startup_s < first < 14.0
+    assert_clean(outcome, 200)
+
+
+@pytest.mark.parametrize("worker_id", ["prefill-1", "decode-1", "mixed-0"])
+@pytest.mark.parametrize("at_s", [2.0, 5.003, 7.7])
+def test_a_worker_that_is_stopped_ends_what_it_has_and_leaves(worker_id: str, at_s: float) -> None:
+    sizes = (0, 0, 2) if worker_id == "mixed-0" else (2, 2, 0)
+    outcome = served(traffic(rate=20.0), sizes, steering=script((at_s, Stop(worker_id))))
+    assert {record.failure for record in outcome.records} == {""}
+    used = [r.arrival.at_s for r in outcome.records if worker_id in (r.prefill_id, r.decode_id)]
+    assert 0.0 < max(used) < at_s + 0.1
+    assert worker_id not in outcome.blocks_left
+    assert_clean(outcome, 200)
+
+
+def test_a_controller_sees_the_routers_queue() -> None:
+    class StartsForTheQueue:
+        def __init__(self) -> None:
+            self.at_s = 0.5
+            self.queued: list[int] = []
+
+        def next_s(self) -> float:
+            return self.at_s
+
+        def act(self, now_s: float, loads: Sequence[WorkerLoad], num_queued: int) -> Sequence[Action]:
+            self.at_s = now_s + 0.5
+            self.queued.append(num_queued)
+            return (Start(Role.MIXED),) if num_queued > 5 and len(loads) < 2 else ()
+
+    steering = StartsForTheQueue()
+    config = make_config(0, 0, 1, router={"max_inflight_requests": 3, "max_queued_requests": 500})
+    outcome = simulate(config, PROFILES, OpenLoop(iter(traffic(rate=20.0))), steering=steering)
+    assert max(steering.queued) > 5
+    assert {record.decode_id for record in outcome.records} >= {"mixed-0", "mixed-1"}
+
+
 def test_a_controller_sees_the_loads_and_acts_on_them() -> None:
     class TurnsWhenBusy:
         """Turns a prefill worker when more than five sequences decode."""
@@ -137,7 +249,7 @@ def test_a_controller_sees_the_loads_and_acts_on_them() -> None:
         def next_s(self) -> float:
             return self.at_s
 
-        def act(self, now_s: float, loads: Sequence[WorkerLoad]) -> Sequence[Action]:
+        def act(self, now_s: float, loads: Sequence[WorkerLoad], num_queued: int) -> Sequence[Action]:
             self.at_s = now_s + 0.5
             busy = [load for load in loads if load.role is Role.DECODE and load.num_running > 5]
             if not busy or self.turned_s is not None:

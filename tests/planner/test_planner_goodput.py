@@ -6,6 +6,7 @@ import math
 import os
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from planner_queues import (
 )
 
 from pdserve.cluster.planner.attainment import Outcomes
-from pdserve.cluster.planner.goodput import Goodput, find_goodput
+from pdserve.cluster.planner.goodput import Goodput, closest, find_goodput
 from pdserve.cluster.planner.workload import parse_workload
 from pdserve.proto.errors import ConfigError
 
@@ -194,6 +195,61 @@ def test_one_class_with_an_infeasible_target_makes_it_infeasible() -> None:
     found = find_goodput(of_classes((5.0, -1.0), (0.7, 0.3)), (0.9, 0.5), seed=1)
     assert (found.rate, found.failing) == (0.0, "TTFT")
     assert "class 1: 0.0% instead of 50.0%" in found.reason
+
+
+def test_a_class_that_never_comes_is_not_blamed_where_another_one_is_infeasible() -> None:
+    run = with_tpot(of_classes((5.0, 5.0), (1.0, 0.0)), 0.5)
+
+    def of_two(rate: float, seed: int, num_requests: int) -> Outcomes:
+        return replace(run(rate, seed, num_requests), slo_class=np.zeros(num_requests, dtype=np.int64))
+
+    found = find_goodput(of_two, (0.9, 0.9), seed=1, max_requests=40_000)
+    assert (found.rate, found.failing) == (0.0, "TPOT")
+    assert "class 0: " in found.reason
+    assert "class 1" not in found.reason
+    assert "nan" not in found.reason
+
+
+def test_the_closest_target_of_a_class_without_requests_is_not_known() -> None:
+    runs = [with_tpot(of_classes((5.0, 5.0), (1.0, 0.0)), 0.5)(0.1, 1, 1_000)]
+    runs = [replace(one, slo_class=np.zeros(len(one), dtype=np.int64)) for one in runs]
+    assert "times as long" not in closest(runs, 1, 0.9)
+
+
+def test_requests_that_fail_at_any_rate_are_named_as_what_is_missed() -> None:
+    """No latency target could be met by what never comes."""
+    plain = single_server(exponential_times, 5.0)
+
+    def run(rate: float, seed: int, num_requests: int) -> Outcomes:
+        done = plain(rate, seed, num_requests)
+        ok = np.arange(num_requests) % 2 == 0
+        used = np.where(ok, 0.5, math.inf)
+        return replace(done, ttft_ok=ok, tpot_ok=ok, ttft_used=used, tpot_used=used)
+
+    found = find_goodput(run, 0.9, seed=1, max_requests=20_000)
+    assert (found.rate, found.failing) == (0.0, "completion")
+    assert "times as long" not in found.reason
+
+
+@pytest.mark.parametrize(("max_requests", "is_spent"), [(4_000, True), (200_000, False)])
+def test_a_search_that_its_budget_ended_says_so_by_a_field(max_requests: int, is_spent: bool) -> None:
+    found = find_goodput(MM1, 0.9, seed=1, precision=0.1, max_requests=max_requests, start_rate=0.5)
+    assert found.is_spent == is_spent
+
+
+def test_what_is_left_is_not_spent_on_runs_that_are_shorter_than_such_as_were_too_short() -> None:
+    """They flatter more, and it would be theirs what is said in the end."""
+    plain, lengths = single_server(exponential_times, 40.0), list[int]()
+
+    def run(rate: float, seed: int, num_requests: int) -> Outcomes:
+        lengths.append(num_requests)
+        return plain(rate, seed, num_requests)
+
+    found = find_goodput(run, 0.9, seed=1, precision=0.1, max_requests=16_000, start_rate=0.8)
+    assert found.is_spent
+    assert lengths == sorted(lengths)
+    assert covers(found, mm1_goodput(0.9, 40.0))
+    assert found.rate < 1.0
 
 
 def test_a_class_that_never_comes_promises_nothing() -> None:

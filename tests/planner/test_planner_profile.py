@@ -31,7 +31,7 @@ def tree() -> dict[str, Any]:
             prefill(None, fixed_s=-0.001, num_samples=12),
         ],
         "decode": [decode(8, num_samples=9, median_error=0.01, p95_error=0.02), decode(None)],
-        "mixed": {"overlap": 0.4, "num_samples": 5, "median_error": 0.03, "p95_error": 0.06},
+        "mixed": {"overlap": 0.4, "extra_s": 0.001, "num_samples": 5, "median_error": 0.03, "p95_error": 0.06},
         "domain": {
             "chunk_tokens": {"smallest": 1, "largest": 512},
             "context_tokens": {"smallest": 0.5, "largest": 1800},
@@ -40,6 +40,7 @@ def tree() -> dict[str, Any]:
         },
         "links": {"shm": {"latency_s": 0.001, "bandwidth_bytes_per_s": 1e9}},
         "overheads": {"tokenize_s_per_token": 1e-6, "request_s": 0.002, "handoff_s": 0.001, "token_s": 0.0003},
+        "contention": {"prefill": 0.1, "decode": 0.2},
         "startup_s": 9.5,
         "flip_s": 0.01,
         "power": {"idle_w": None, "prefill_w": 60.0, "decode_w": 40.0},
@@ -51,11 +52,17 @@ UNKNOWN = {"num_samples": 0, "median_error": None, "p95_error": None}
 
 
 def prefill(upto: int | None, **fields: Any) -> dict[str, Any]:
-    return {"upto_tokens": upto, "fixed_s": 0.01, "per_token_s": 1e-4, "per_pair_s": 1e-8} | UNKNOWN | fields
+    return (
+        {"upto_tokens": upto, "fixed_s": 0.01, "per_token_s": 1e-4, "per_pair_s": 1e-8} | UNKNOWN | fields
+    )
 
 
 def decode(upto: int | None, **fields: Any) -> dict[str, Any]:
-    return {"upto_batch": upto, "fixed_s": 0.02, "per_sequence_s": 1e-4, "per_context_token_s": 1e-8} | UNKNOWN | fields
+    return (
+        {"upto_batch": upto, "fixed_s": 0.02, "per_sequence_s": 1e-4, "per_context_token_s": 1e-8}
+        | UNKNOWN
+        | fields
+    )
 
 
 def refusal(changed: dict[str, Any]) -> str:
@@ -138,4 +145,5 @@ def test_each_region_tells_how_well_it_fits() -> None:
         "decode, 1 to 8 sequences: error 1.0% median, 2.0% p95 (9 samples)",
         "decode, above 8 sequences: error not known (0 samples)",
         "mixed, overlap 0.40: error 3.0% median, 6.0% p95 (5 samples)",
+        "beside busy workers: prefill +10%, decode +20%",
     )

@@ -21,7 +21,7 @@ from pdserve.cluster.planner.profile import FitError, Profile, dump, load
 from pdserve.cluster.planner.public_distserve import BATCH_SIZES, INPUT_LENGTHS
 from pdserve.cluster.planner.public_facts import MODELS, Conversion, Kind
 from pdserve.cluster.planner.public_profiles import convert
-from pdserve.cluster.planner.step_model import StepModel
+from pdserve.cluster.planner.step_model import StepModel, excesses
 from pdserve.cluster.planner.step_shape import StepShape, chunk_pairs
 from pdserve.proto.errors import ConfigError
 
@@ -170,7 +170,7 @@ def test_distserve_profiles_agree_with_the_published_formulas(name: str) -> None
             for length in INPUT_LENGTHS:
                 prefill = StepShape(batch * length, batch * chunk_pairs(length, 0), 0, 0)
                 decode = StepShape(0, 0.0, batch, batch * length)
-                if model.outside(prefill) or model.outside(decode):
+                if excesses(profile.domain, prefill) or excesses(profile.domain, decode):
                     continue
                 assert model.duration_s(prefill) == pytest.approx(published_prefill_s(entry, batch, length), rel=0.05)
                 # The published decode formula falls where large batches begin; a profile's time never does.
@@ -303,3 +303,18 @@ def test_the_profile_says_itself_what_it_assumes() -> None:
     profile: Profile = conversions(AICONFIGURATOR)[0].profile
     assert "not measured" in profile.origin
     assert "no overlap in mixed steps" in profile.origin
+
+
+def test_predictions_are_for_the_gpu_and_the_degree_in_the_files_name() -> None:
+    (conversion,) = convert(aiconfigurator_text(), "aic_0.12.0_H100_sxm_vllm_bf16_tp2_predictions.csv")
+    profile = conversion.profile
+    assert (profile.hardware, profile.tensor_parallel_size, profile.num_gpus) == ("h100-80gb", 2, 2)
+    assert "h100-80gb-tp2" in profile.name
+
+
+@pytest.mark.parametrize(
+    "name", ["predictions.csv", "aic_h200_sxm.csv", "aic_b200_sxm_tp1.csv", "aic_tp2.csv", "aic_h200_sxm_http1.csv"]
+)
+def test_predictions_for_nobody_knows_what_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="does not say of which GPU and tensor-parallel degree"):
+        convert(aiconfigurator_text(), name)

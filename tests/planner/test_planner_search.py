@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,11 +12,13 @@ from planner_queues import exponential_times, single_server
 from planner_setups import make_profile
 
 from pdserve.cluster.planner.attainment import Outcomes, measure
-from pdserve.cluster.planner.findings import Picture, Setup, Target
+from pdserve.cluster.planner.caveats import caveats
+from pdserve.cluster.planner.findings import Finding, Picture, Setup, Target
 from pdserve.cluster.planner.fleets import Limit, fleets_of
 from pdserve.cluster.planner.goodput import find_goodput
 from pdserve.cluster.planner.search import EFFORTS, Candidate, Effort, Ranked, Searched, search
 from pdserve.cluster.planner.setups import Choices, start, wanted
+from pdserve.cluster.planner.stationarity import Flow
 from pdserve.cluster.planner.trials import Found, Hunt, Job, Probe, Result, View
 from pdserve.proto.types import Role
 
@@ -49,7 +52,14 @@ class Queues:
         stretch = float(np.quantile(took_s, SHARE)) / LIMIT_S if speed else 5.0
         picture = Picture(job.rate, (), (), (), {}, 1.0, 1.0)
         nearest = (Target("all", 1.0, 1.0, SHARE),)
-        return View(measure([outcomes]), stretch, picture, nearest, (), job.num_requests)
+        needed_s = 0.0
+        if outcomes.flow.falls_behind():
+            needed_s = outcomes.flow.needed_s() if outcomes.flow.needed_s() > outcomes.flow.duration_s else 0.0
+            stretch = max(stretch, 1.5)
+        failing = "TTFT" if stretch > 1 else ""
+        return View(
+            measure([outcomes]), stretch, picture, nearest, (), job.num_requests, needed_s=needed_s, failing=failing
+        )
 
     def _hunt(self, job: Hunt) -> Found:
         goodput = find_goodput(
@@ -91,7 +101,7 @@ def balanced(best_prefill: float, split: float = 1.0, mixed: float = 0.7) -> Spe
 
 def run(speed: Speed, effort: Effort = QUICK, seed: int = 0, num_gpus: int = 8) -> tuple[Searched, Queues]:
     queues = Queues(speed)
-    return search(candidates(speed, num_gpus), SHARE, queues, effort, seed), queues
+    return search(candidates(speed, num_gpus), queues, effort, seed), queues
 
 
 def first(found: Searched, is_split: bool) -> Ranked:
@@ -190,3 +200,62 @@ def test_where_no_rate_will_do_the_report_says_so_and_shows_what_was_nearest() -
 def test_one_gpu_is_one_mixed_worker() -> None:
     found, _ = run(balanced(3), num_gpus=1)
     assert [one.setup.name for one in found.ranked] == ["1M"]
+
+
+@pytest.mark.parametrize(("spent", "warned"), [(True, True), (False, False)])
+def test_an_interval_that_the_budget_left_wide_is_warned_of_by_what_it_is_not_by_its_words(
+    spent: bool, warned: bool
+) -> None:
+    found, _ = run(balanced(3))
+    best = found.ranked[0]
+    goodput = replace(best.goodput, is_spent=spent, reason="a whole course has too many requests for the budget")
+    findings = [Finding(best.setup, goodput, True)]
+    profile = make_profile()
+    for effort, option in (("normal", "--effort thorough"), ("thorough", "--max-requests")):
+        lines = caveats(found, findings, 0, {profile.name: profile}, Choices(), effort)
+        spent_lines = [line for line in lines if "were spent before the interval" in line]
+        assert bool(spent_lines) == warned
+        assert all(option in line for line in spent_lines)
+
+
+def test_runs_that_cannot_be_long_enough_are_warned_of() -> None:
+    found, _ = run(balanced(3))
+    findings = [Finding(found.ranked[0].setup, found.ranked[0].goodput, True)]
+    profiles = {"made up": make_profile()}
+    short = replace(found, least_requests=4_000_000)
+    (line,) = set(caveats(short, findings, 0, profiles, Choices())) - set(
+        caveats(found, findings, 0, profiles, Choices())
+    )
+    assert "--max-requests 4000000" in line
+
+
+@pytest.mark.parametrize(("tokens_per_s", "warned"), [(11_000.0, False), (13_000.0, True)])
+def test_a_rate_that_no_router_process_could_deliver_is_warned_of(tokens_per_s: float, warned: bool) -> None:
+    found, _ = run(balanced(3))
+    picture = Picture(10.0, (), (), (), {}, 1000.0, tokens_per_s)
+    findings = [Finding(found.ranked[0].setup, found.ranked[0].goodput, True, picture)]
+    lines = caveats(found, findings, 0, {"made up": make_profile()}, Choices())
+    assert any("more than one router process delivers" in line for line in lines) == warned
+
+
+def test_with_answers_that_take_much_longer_than_guessed_runs_are_made_long_enough() -> None:
+    """1,800 requests run at once where the guess was a hundred; nothing waits, up to a rate."""
+    edge = 30.0
+
+    class Delay(Queues):
+        def _probe(self, job: Probe) -> View:
+            random = np.random.default_rng(job.seed)
+            arrival_s = np.cumsum(random.exponential(1 / job.rate, job.num_requests))
+            flow = Flow(arrival_s, arrival_s + 60.0)
+            stretch, needed_s = job.rate / edge, 0.0
+            if flow.falls_behind():
+                needed_s = flow.needed_s() if stretch <= 1 and flow.needed_s() > flow.duration_s else 0.0
+                stretch = max(1.5, stretch)
+            return replace(super()._probe(job), stretch=stretch, needed_s=needed_s)
+
+    queues = Delay(lambda setup: 30.0)
+    one = [replace(found, guess=10.0) for found in candidates(lambda setup: 30.0, num_gpus=1)]
+    search(one, queues, EFFORTS["normal"])
+    probes = [job for job in queues.stages["screening"] if isinstance(job, Probe)]
+    assert max(job.rate for job in probes) > edge, "not stopped by the length of the runs"
+    assert max(job.num_requests for job in probes) > 1_000

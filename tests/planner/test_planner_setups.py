@@ -10,7 +10,7 @@ from planner_setups import make_profile
 from pdserve.cluster.planner.capacity import Capacity, Lengths
 from pdserve.cluster.planner.findings import Setup, Target
 from pdserve.cluster.planner.fleets import Fleet, Limit, combinations, fleets_of, parse_split
-from pdserve.cluster.planner.setup_config import config_of
+from pdserve.cluster.planner.setup_config import config_of, deadline_s
 from pdserve.cluster.planner.setups import Choices, clipped, key_of, neighbours, place_of, start, wanted, with_sizes
 from pdserve.proto.errors import ConfigError
 from pdserve.proto.types import Role
@@ -93,10 +93,48 @@ def test_profiles_that_cannot_be_compared_are_refused(profiles: list[Any], words
         fleets_of(profiles, {})
 
 
-def test_sides_of_different_size_are_refused() -> None:
+def test_workers_of_different_size_are_refused() -> None:
     sides = {Role.PREFILL: [make_profile(name="a", num_gpus=2)], Role.DECODE: [make_profile(name="b")]}
     with pytest.raises(ConfigError, match="a and b: num_gpus differ"):
         fleets_of([], sides)
+    with pytest.raises(ConfigError, match="made up and big: num_gpus differ"):
+        fleets_of([make_profile()], {Role.MIXED: [make_profile(name="big", num_gpus=2)]})
+
+
+def test_a_side_of_a_degree_that_the_other_side_has_not_is_refused_and_not_left_out() -> None:
+    """DistServe's published placement of OPT-13B. Without a word it would be answered for TP2 alone, unsplit."""
+    two, one = make_profile(name="two", tensor_parallel_size=2, num_gpus=2), make_profile(name="one")
+    words = "decode=one is of tensor_parallel_size 1, and there is no prefill profile of that degree"
+    with pytest.raises(ConfigError, match=words):
+        fleets_of([], {Role.PREFILL: [two], Role.DECODE: [one]})
+    with pytest.raises(ConfigError, match="prefill=two is of tensor_parallel_size 2, and there is no decode profile"):
+        fleets_of([one], {Role.PREFILL: [two]})
+    with pytest.raises(ConfigError, match="there is no decode profile"):
+        fleets_of([], {Role.PREFILL: [one], Role.MIXED: [make_profile(name="both")]})
+    (mixed,) = fleets_of([], {Role.MIXED: [one]})
+    assert set(mixed.profiles) == {Role.MIXED}
+
+
+@pytest.mark.parametrize(
+    ("limit", "words"),
+    [
+        (Limit(num_gpus=300), "--gpus: enough for 300 workers of a kind, more than the 256"),
+        (Limit(price_per_hour=600, price_per_gpu_hour=2), "--price-per-hour: enough for 300 workers"),
+    ],
+)
+def test_more_workers_than_are_planned_as_one_are_refused(limit: Limit, words: str) -> None:
+    """256 mixed workers would be compared with splits of 300."""
+    with pytest.raises(ConfigError, match=words):
+        names(one_fleet(), limit)
+    assert len(names(one_fleet(num_gpus=2, tensor_parallel_size=2), Limit(num_gpus=20))) == 9 + 36 + 1
+
+
+@pytest.mark.parametrize("num_gpus", [300, 256])
+def test_named_splits_may_share_out_more(num_gpus: int) -> None:
+    choices = Choices(splits=("100P150D", "256M"))
+    assert wanted(one_fleet(), Limit(num_gpus=num_gpus), choices) == [
+        parse_split(text) for text in choices.splits or ()
+    ]
 
 
 @pytest.mark.parametrize("limit", [Limit(), Limit(num_gpus=1, price_per_hour=1), Limit(num_gpus=0), Limit(num_gpus=-1)])
@@ -191,6 +229,18 @@ def test_sizes_can_be_carried_over() -> None:
 def test_choices_that_make_no_sense_name_their_option(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         Choices(**changes).check()
+
+
+def test_the_router_gives_no_request_up_that_is_within_its_targets() -> None:
+    profiles, target = {"made up": make_profile()}, Target("all", 1_000, 100, 0.9)
+    least_s = deadline_s((Target("fast", 100, 10, 0.9), target), 6_000)
+    assert least_s == pytest.approx(2 * 601)
+    router = config_of(setup_of("2M"), profiles, target, least_s).router
+    assert router.default_timeout_s == router.max_timeout_s == 1_202
+    router = config_of(setup_of("2M"), profiles, target, deadline_s((target,), 1_000)).router
+    assert (router.default_timeout_s, router.max_timeout_s) == (202, 600), "what is long enough is left alone"
+    router = config_of(setup_of("2M"), profiles, target, deadline_s((target,), 10)).router
+    assert router.default_timeout_s == 120
 
 
 def test_sides_without_a_link_in_common_are_refused_by_name() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -28,14 +29,22 @@ from planner_setups import (
 from pdserve.cluster.arrivals import Arrival, Lengths, Workload, synthesize
 from pdserve.cluster.planner.simulation import Outcome, simulate
 from pdserve.cluster.planner.source import OpenLoop
+from pdserve.cluster.planner.steering import Fail, Script
+from pdserve.engine import scheduler
+from pdserve.engine.block_pool import BlockPool
+from pdserve.engine.claims import Claims
 from pdserve.engine.plan import Limit
-from pdserve.engine.scheduler import Scheduler
+from pdserve.engine.scheduler import Draft, Scheduler
+from pdserve.engine.sequence import Finish, Sequence
+from pdserve.kv_transfer.leases import LeaseTable
 from pdserve.kv_transfer.reservation import Effects
 from pdserve.kv_transfer.reservations import ReservationTable
 from pdserve.proto.errors import ConfigError
-from pdserve.proto.types import Role
+from pdserve.proto.types import FinishReason, Role
 from pdserve.router import policy
 from pdserve.router.admission import Admission
+from pdserve.router.unseen import Unseen
+from pdserve.router.view import Pending
 
 TRAFFIC = Workload(Lengths(300, 900), Lengths(30, 60), rate=8.0)
 
@@ -121,6 +130,25 @@ def test_under_overload_requests_are_refused_or_miss_their_deadline_and_leave_no
     assert len(outcome.records) == 400
     assert set(outcome.blocks_left.values()) == {0}
     assert all(record.timing().last_token_s is None for record in outcome.records if record.failure)
+    refused = [record for record in outcome.records if record.failure == "the router's queue is full"]
+    assert all(record.end_s == record.arrival.at_s for record in refused)
+
+
+def test_the_policy_counts_placements_and_not_arrivals() -> None:
+    """All but two wait in the router's queue: the last of them has arrived before the third is placed."""
+    config = make_config(2, 2, router={"policy": "round_robin", "max_inflight_requests": 2})
+    outcome = run(config, [Arrival(0.0, 100, 10)] * 20)
+    assert Counter(record.decode_id for record in outcome.records) == {"decode-0": 10, "decode-1": 10}
+    assert Counter(record.prefill_id for record in outcome.records) == {"prefill-0": 10, "prefill-1": 10}
+
+
+def test_a_long_queue_that_nobody_can_serve_ends() -> None:
+    config = make_config(router={"max_inflight_requests": 1, "max_queued_requests": 3000})
+    steering = Script([(0.5, Fail("decode-0"))])
+    arrivals = [Arrival(0.0, 100, 100)] * 2000
+    outcome = simulate(config, dict.fromkeys(Role, make_profile()), OpenLoop(iter(arrivals)), steering=steering)
+    assert len(outcome.records) == 2000
+    assert sum("no decode worker" in record.failure for record in outcome.records) > 1990
 
 
 def test_what_fits_nowhere_is_refused() -> None:
@@ -174,15 +202,71 @@ def one_hand_off_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ReservationTable, "on_room", patched)
 
 
-@pytest.mark.parametrize("change", [one_sequence_at_a_time, other_policy, strict_admission, one_hand_off_at_a_time])
-def test_a_change_of_production_code_changes_the_simulation(
+def one_decode_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of those with one token to go only the oldest is in a step."""
+    decodes = Scheduler._schedule_decodes
+
+    def patched(self: Scheduler, draft: Draft) -> None:
+        decodes(self, draft)
+        draft.budget += len(draft.scheduled[1:])
+        del draft.scheduled[1:]
+
+    monkeypatch.setattr(Scheduler, "_schedule_decodes", patched)
+
+
+def answers_of_three(monkeypatch: pytest.MonkeyPatch) -> None:
+    end = Finish(FinishReason.LENGTH, None)
+
+    def patched(sequence: Sequence, index: int, token_id: int, max_model_len: int) -> Finish | None:
+        return end if index == 2 else None
+
+    monkeypatch.setattr(scheduler, "finish", patched)
+
+
+def small_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BlockPool, "can_take", lambda self, num_blocks: num_blocks + 300 <= self.num_free)
+
+
+def dear_claims(monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = Claims.needed_blocks
+    monkeypatch.setattr(Claims, "needed_blocks", lambda *given: needed(*given) + 300)
+
+
+def leases_that_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LeaseTable, "release", lambda *given: ())
+
+
+def nothing_unseen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Unseen, "pending", Pending())
+
+
+CHANGES = [
+    one_sequence_at_a_time,
+    one_decode_at_a_time,
+    answers_of_three,
+    small_pool,
+    dear_claims,
+    other_policy,
+    strict_admission,
+    nothing_unseen,
+    one_hand_off_at_a_time,
+    leases_that_last,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_of_production_code_changes_the_simulation_and_both_modes_alike(
     change: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Scheduler, policy, admission and hand-off are not written a second time."""
-    config, arrivals = make_config(2, 2), traffic(rate=25.0)
-    before = latencies(run(config, arrivals))
+    """Scheduler, pool, claims, policy, admission, what is unseen and both tables of a hand-off are written once."""
+    config, profiles = make_config(2, 2, engine={"num_blocks": 400}), dict.fromkeys(Role, make_profile())
+    arrivals = [Arrival(one.at_s, min(one.num_prompt_tokens, 1000), one.max_tokens) for one in traffic(rate=25.0)]
+    before = latencies(simulate(config, profiles, OpenLoop(iter(arrivals))))
     change(monkeypatch)
-    assert latencies(run(config, arrivals)) != before
+    exact, fast = (
+        latencies(simulate(config, profiles, OpenLoop(iter(arrivals)), exact=exact)) for exact in (True, False)
+    )
+    assert exact == fast != before
 
 
 def test_steps_that_nobody_measured_are_counted() -> None:

@@ -108,6 +108,22 @@ def test_only_the_first_and_the_last_token_are_looked_at() -> None:
     assert scheduler.pool.num_free == 100
 
 
+def test_what_it_remembers_of_ends_is_of_those_that_stand_now() -> None:
+    """In a pool that is scarce all the time everybody goes back and stands again at every other step."""
+    scheduler, num_steps = make_scheduler(16), 0
+    for number in range(40):
+        scheduler.add(Sequence(request(str(number), 7, 30), 0.0))
+    while scheduler.has_work:
+        step(scheduler, float(num_steps))
+        num_steps += 1
+        remembered = [sequence for ending in scheduler._ending.values() for sequence in ending]
+        assert len(remembered) == len(set(remembered))
+        assert set(remembered) == set(scheduler._since)
+        assert all(scheduler._ending.values())
+    assert num_steps > 200
+    assert not scheduler._ending
+
+
 def test_an_aborted_one_comes_back_with_all_its_tokens_and_blocks() -> None:
     scheduler = make_scheduler(100)
     scheduler.add(Sequence(request("a", 10, 50), 0.0))

@@ -120,3 +120,49 @@ def test_arrivals_that_swing_are_seen_without_being_told() -> None:
 def test_bursts_are_no_drift() -> None:
     run = two_servers(lognormal_times, 4.0, shape=0.4)
     assert sum(load_drifts([run(1.0, seed, 4_000).flow]) for seed in range(50)) <= 1
+
+
+def pure_delay(rate: float, took_s: float, sigma: float, num_requests: int, seed: int) -> Flow:
+    """A system that is never full: each request takes its own time, lognormal of that median."""
+    random = np.random.default_rng(seed)
+    arrival_s = np.cumsum(random.exponential(1 / rate, num_requests))
+    return Flow(arrival_s, arrival_s + took_s * random.lognormal(0.0, sigma, num_requests))
+
+
+def one_by_one(rate: float, num_requests: int, seed: int = 0) -> Flow:
+    """A system that takes one request a second, each of which takes a second."""
+    random = np.random.default_rng(seed)
+    arrival_s = np.cumsum(random.exponential(1 / rate, num_requests))
+    end_s = np.empty(num_requests)
+    free_s = 0.0
+    for number, at_s in enumerate(arrival_s.tolist()):
+        free_s = max(free_s, at_s) + 1.0
+        end_s[number] = free_s
+    return Flow(arrival_s, end_s)
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.8, 1.1])
+@pytest.mark.parametrize("num_requests", [500, 1_000, 8_000])
+def test_a_system_that_keeps_up_does_not_fall_behind_however_long_its_last_answers_take(
+    sigma: float, num_requests: int
+) -> None:
+    mean_s = float(np.exp(sigma**2 / 2))
+    flows = [pure_delay(num_requests / (5.0 * mean_s), 1.0, sigma, num_requests, seed) for seed in range(20)]
+    assert sum(flow.falls_behind() and flow.needed_s() <= flow.duration_s for flow in flows) <= 1
+
+
+@pytest.mark.parametrize("times", [2.0, 3.0, 1e3, 1e6])
+@pytest.mark.parametrize("num_requests", [200, 1_000, 4_000])
+def test_far_above_what_a_system_takes_every_run_falls_behind_however_short(times: float, num_requests: int) -> None:
+    assert all(one_by_one(times, num_requests, seed).falls_behind() for seed in range(5))
+
+
+def test_below_it_none_does() -> None:
+    assert not any(one_by_one(0.8, 1_000, seed).falls_behind() for seed in range(20))
+
+
+def test_a_run_that_is_over_before_its_first_requests_end_is_too_short_to_tell() -> None:
+    flow = pure_delay(1_000.0, 10.0, 0.5, 500, 0)
+    assert flow.falls_behind()
+    assert 40.0 < flow.needed_s() < 90.0
+    assert flow.needed_s() > flow.duration_s

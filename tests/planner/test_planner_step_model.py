@@ -1,8 +1,7 @@
-"""Seconds of steps: by region, never falling, added up in closed form; beyond what was measured never in silence."""
+"""Seconds of steps: by region, never falling, longer beside busy workers; beyond what was measured never in silence."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import pytest
@@ -10,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdserve.cluster.planner.profile import (
+    Contention,
     DecodeRegion,
     Domain,
     LinkCost,
@@ -18,9 +18,8 @@ from pdserve.cluster.planner.profile import (
     Profile,
     Range,
 )
-from pdserve.cluster.planner.step_model import Extrapolation, StepModel, TransferModel
+from pdserve.cluster.planner.step_model import Extrapolation, StepModel, excesses
 from pdserve.cluster.planner.step_shape import StepShape, chunk_pairs
-from pdserve.proto.errors import ConfigError
 
 MEASURED = Domain(
     chunk_tokens=Range(smallest=4, largest=512),
@@ -34,6 +33,8 @@ def profile(
     prefill: Sequence[tuple[int | None, float, float, float]],
     decode: Sequence[tuple[int | None, float, float, float]],
     overlap: float = 0.0,
+    extra_s: float = 0.0,
+    contention: Contention | None = None,
 ) -> Profile:
     """Regions as `(upto, fixed, per unit, per load)`."""
     return Profile(
@@ -55,7 +56,8 @@ def profile(
             DecodeRegion(upto_batch=upto, fixed_s=a, per_sequence_s=b, per_context_token_s=c, num_samples=0)
             for upto, a, b, c in decode
         ),
-        mixed=MixedSteps(overlap=overlap),
+        mixed=MixedSteps(overlap=overlap, extra_s=extra_s),
+        contention=contention,
         domain=MEASURED,
         links={"shm": LinkCost(latency_s=0.001, bandwidth_bytes_per_s=1e9)},
         startup_s=1.0,
@@ -126,6 +128,34 @@ def test_a_mixed_step_pays_the_larger_fixed_part_once_and_hides_the_overlap(
     assert model.duration_s(StepShape(20, 0.0, 6, 0)) == pytest.approx(0.030 + 0.020 + smaller_part_s)
 
 
+def test_a_mixed_step_takes_what_is_extra_and_the_phases_alone_do_not() -> None:
+    without, model = (StepModel(profile(PREFILL, DECODE, 0.5, extra_s)) for extra_s in (0.0, 0.004))
+    mixed = StepShape(20, chunk_pairs(20, 100), 6, 900)
+    assert model.duration_s(mixed) == pytest.approx(without.duration_s(mixed) + 0.004)
+    for alone in (mixed._replace(num_prefill_tokens=0, prefill_pairs=0.0), StepShape(*mixed[:2], 0, 0)):
+        assert model.duration_s(alone) == without.duration_s(alone)
+
+
+@pytest.mark.parametrize(
+    ("shape", "slower"),
+    [
+        (StepShape(64, chunk_pairs(64, 100), 0, 0), 0.3),
+        (StepShape(64, chunk_pairs(64, 100), 8, 4000), 0.3),  # mixed: counted as prefill
+        (StepShape(0, 0.0, 8, 4000), 0.8),
+    ],
+)
+def test_company_makes_a_step_longer_by_its_share(shape: StepShape, slower: float) -> None:
+    model = StepModel(profile(PREFILL, DECODE, extra_s=0.002, contention=Contention(prefill=0.3, decode=0.8)))
+    assert model.contended_s(shape, 0.0) == model.duration_s(shape)
+    assert model.contended_s(shape, 0.5) == pytest.approx(model.duration_s(shape) * (1.0 + slower / 2))
+    assert model.contended_s(shape, 1.0) == pytest.approx(model.duration_s(shape) * (1.0 + slower))
+
+
+def test_company_costs_nothing_where_nobody_measured_it() -> None:
+    model, shape = StepModel(profile(PREFILL, DECODE)), StepShape(64, chunk_pairs(64, 100), 8, 4000)
+    assert model.contended_s(shape, 1.0) == model.duration_s(shape)
+
+
 @given(any_profile, growing_shapes())
 def test_time_never_falls_when_work_grows(some: Profile, shapes: tuple[StepShape, StepShape]) -> None:
     model = StepModel(some)
@@ -133,44 +163,10 @@ def test_time_never_falls_when_work_grows(some: Profile, shapes: tuple[StepShape
     assert model.duration_s(less) <= model.duration_s(more)
 
 
-@given(any_profile, st.integers(1, 100), st.integers(0, 5000), st.integers(0, 300))
-def test_a_run_of_decode_steps_is_the_sum_of_its_steps(
-    some: Profile, batch: int, context_tokens: int, num_steps: int
-) -> None:
-    model = StepModel(some)
-    steps = (StepShape(0, 0.0, batch, context_tokens + step * batch) for step in range(num_steps))
-    expected = math.fsum(model.duration_s(shape) for shape in steps)
-    assert model.decode_run_s(num_steps, batch, context_tokens) == pytest.approx(expected, rel=1e-9, abs=0)
-
-
-@given(any_profile, st.integers(1, 100), st.integers(0, 5000), st.floats(0.0, 1e4))
-def test_the_steps_within_some_seconds_fit_and_one_more_does_not(
-    some: Profile, batch: int, context_tokens: int, seconds: float
-) -> None:
-    model = StepModel(some)
-    num_steps = model.decode_steps_within(seconds, batch, context_tokens)
-    assert model.decode_run_s(num_steps, batch, context_tokens) <= seconds
-    assert model.decode_run_s(num_steps + 1, batch, context_tokens) > seconds
-
-
-@given(any_profile, st.integers(1, 100), st.integers(0, 5000), st.integers(0, 5000))
-def test_a_run_fits_into_its_own_duration_exactly(
-    some: Profile, batch: int, context_tokens: int, num_steps: int
-) -> None:
-    model = StepModel(some)
-    seconds = model.decode_run_s(num_steps, batch, context_tokens)
-    assert model.decode_steps_within(seconds, batch, context_tokens) == num_steps
-
-
-@pytest.mark.parametrize(("seconds", "num_steps"), [(-1.0, 0), (0.0, 0), (1e300, 10**9), (math.inf, 10**9)])
-def test_waits_of_no_length_and_for_ever_have_an_answer(seconds: float, num_steps: int) -> None:
-    assert StepModel(profile(PREFILL, DECODE)).decode_steps_within(seconds, 4, 100) == num_steps
-
-
 def test_a_shape_outside_of_what_was_measured_is_told_in_words_with_numbers() -> None:
-    model = StepModel(profile(PREFILL, DECODE))
-    assert model.outside(StepShape(4, chunk_pairs(4, 0), 16, 8000)) == ()
-    assert model.outside(StepShape(600, chunk_pairs(600, 900), 20, 9)) == (
+    assert excesses(MEASURED, StepShape(4, chunk_pairs(4, 0), 16, 8000)) == ()
+    found = excesses(MEASURED, StepShape(600, chunk_pairs(600, 900), 20, 9))
+    assert tuple(excess.words() for excess in found) == (
         "prefill tokens 600 is above the largest measured, 512",
         "context of a prefill token 1,200 is above the largest measured, 1,000",
         "decode batch 20 is above the largest measured, 16",
@@ -191,24 +187,3 @@ def test_nothing_is_said_of_steps_that_were_measured() -> None:
     seen.see(model, StepShape(512, chunk_pairs(512, 0), 0, 0))
     seen.see(model, StepShape(0, 0.0, 1, 10))
     assert (seen.num_steps, seen.num_outside, seen.summary()) == (2, 0, ())
-
-
-@given(st.integers(0, 50), st.integers(1, 30), st.integers(0, 9000))
-def test_a_run_is_counted_as_its_steps_are(num_steps: int, batch: int, context_tokens: int) -> None:
-    model = StepModel(profile(PREFILL, DECODE))
-    of_run, of_steps = Extrapolation(), Extrapolation()
-    of_run.see_run(model, num_steps, batch, context_tokens)
-    for step in range(num_steps):
-        of_steps.see(model, StepShape(0, 0.0, batch, context_tokens + step * batch))
-    assert (of_run.num_steps, of_run.num_outside) == (of_steps.num_steps, of_steps.num_outside)
-    assert sorted(of_run.summary()) == sorted(of_steps.summary())
-
-
-def test_a_transfer_takes_latency_and_bytes_by_bandwidth() -> None:
-    transfers = TransferModel(profile(PREFILL, DECODE))
-    assert transfers.duration_s("shm", 5e8) == pytest.approx(0.501)
-
-
-def test_an_unknown_link_names_those_that_the_profile_has() -> None:
-    with pytest.raises(ConfigError, match=r"a worker: links\.nccl: no such link in this profile; it has: shm"):
-        TransferModel(profile(PREFILL, DECODE)).duration_s("nccl", 1.0)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from planner_setups import make_profile
 
 from pdserve.cluster.planner.attainment import Attainment
-from pdserve.cluster.planner.findings import Finding, Target
+from pdserve.cluster.planner.findings import Finding, Phase, Picture, Target
 from pdserve.cluster.planner.fleets import fleets_of, parse_split
 from pdserve.cluster.planner.goodput import Goodput
 from pdserve.cluster.planner.picture import PHASES, Run, Seen, busy_shares
@@ -138,6 +139,56 @@ def test_a_miss_is_put_down_to_the_phase_that_took_the_most_beyond_its_median_be
     assert sum(shares.values()) == 1.0
 
 
-def test_prefill_workers_are_busy_while_requests_come_and_decode_workers_to_the_end() -> None:
-    found = busy_shares({"prefill-0": 5.0, "decode-0": 15.0, "mixed-1": 30.0}, last_arrival_s=10.0, end_s=20.0)
-    assert found == {"prefill-0": 0.5, "decode-0": 0.75, "mixed-1": 1.0}
+def test_workers_are_as_busy_as_they_were_while_requests_came() -> None:
+    """What is computed after the last arrivals takes long and says nothing: others would have come meanwhile."""
+    work = [
+        ("prefill-0", 0.0, 11.0),
+        ("prefill-0", 12.0, 14.0),
+        ("decode-0", 11.0, 16.0),
+        ("decode-0", 15.0, 40.0),
+        ("decode-0", 19.0, 90.0),
+        ("gone-0", 10.0, 20.0),
+    ]
+    found = busy_shares(["prefill-0", "decode-0", "mixed-0"], work, 10.0, 20.0)
+    assert found == pytest.approx({"prefill-0": 0.3, "decode-0": 0.9, "mixed-0": 0.0})
+
+
+def test_a_rate_that_the_budget_did_not_find_is_not_called_infeasible() -> None:
+    found = decided(finding("3P5D", 100), finding("8M", 0))
+    assert "at any rate" not in found.verdict
+    assert "for colocated workers no rate that holds the targets was found with as many requests" in found.verdict
+    found = decided(finding("8M", 100), finding("3P5D", 0), finding("2P6D", 50))
+    assert "for splits no rate" in found.verdict
+    assert not any("at any rate" in line for line in found.reasons)
+    found = decided(finding("8M", 0), finding("3P5D", 0))
+    assert found.verdict.startswith("For no set-up a rate that holds the targets was found")
+    assert found.recommended is None
+
+
+def test_where_requests_fail_at_any_rate_it_is_said_why_and_no_target_is_offered() -> None:
+    nearest = (Target("all", math.inf, 50.0, 0.9),)
+    findings = [finding("8M", 0, failing="completion"), finding("3P5D", 0, failing="completion")]
+    why = "100% of the requests fail: prompt is too long"
+    found = decide(findings, [nearest, nearest], TARGETS, [why, why])
+    assert found.verdict == f"No set-up can hold the targets at any rate: completion fails ({why})."
+    assert all(line.endswith(why) for line in found.reasons)
+
+
+def test_what_fails_is_named_by_class_and_by_what_never_ended() -> None:
+    assert run_of(seen(100, 20)).failing() == ""
+    assert run_of(seen(900, 20), seen(100, 20)).failing() == "TTFT"
+    assert run_of(seen(100, 90), seen(100, 20)).failing() == "TPOT"
+    assert run_of(*[seen(900, 20)] * 2, *[seen(100, 90)] * 2, *[seen(1, 1)] * 27).failing() == "TTFT and TPOT"
+    assert run_of(seen(None, None), seen(100, 20)).failing() == "completion"
+    targets = (Target("chat", 100.0, 50.0, 0.9), Target("batch", 10_000.0, 500.0, 0.5))
+    few = [seen(300, 25), *[seen(300, 25, target=1)] * 99]
+    assert run_of(*few, targets=targets).failing() == "TTFT", "the share of all requests hides a small class"
+
+
+def test_a_split_that_waits_at_the_router_is_not_told_to_have_more_prefill_workers() -> None:
+    late = Phase("admission", 900.0, 900.0, 900.0, 0.9)
+    picture = Picture(10.0, (), (), (late,), {}, 1.0, 1.0)
+    found = decided(replace(finding("3P5D", 120), picture=picture), finding("8M", 100))
+    (line,) = [line for line in found.reasons if "misses by" in line]
+    assert "wait at the router" in line
+    assert "prefill workers would help" not in line

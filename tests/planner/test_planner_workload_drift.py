@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -187,3 +188,59 @@ def test_merged_sources_are_in_order_of_time_and_limits_count_all_of_them() -> N
     assert [arrival.at_s for arrival in drain(source)] == [0, 1, 2, 3, 4, 5, 6]
     assert source.next_arrival_s() == math.inf
     assert [a.at_s for a in islice(odd, 2)] == [7.0, 9.0]
+
+
+@pytest.mark.parametrize(("num_requests", "scale"), [(200, 0.1), (2000, 1.0), (2600, 1.3), (3200, 0.8), (4000, 1.0)])
+def test_a_run_in_whole_courses_sees_every_piece_as_often_as_it_comes(num_requests: int, scale: float) -> None:
+    """Shorter than a course it would see the first piece alone, and two rates would be compared at different loads."""
+    written = scenario((1, 100, 5.0), (2, 100, 15.0))
+    workload = parse_workload(written).in_whole_courses()
+    assert workload == parse_workload({**written, "whole_course": True})
+    found = list(drain(workload.source(10.0, 0, num_requests)))
+    assert sum(arrival.num_prompt_tokens == 1 for arrival in found) == pytest.approx(num_requests / 4, abs=2)
+    assert found[-1].at_s == pytest.approx(num_requests / 10.0, rel=0.01)
+    border_s = next(arrival.at_s for arrival in found if arrival.num_prompt_tokens == 2)
+    assert border_s == pytest.approx(100 * scale, rel=0.02)
+
+
+def test_fades_and_the_time_of_day_pass_faster_with_the_course() -> None:
+    """A day of 1,000 requests; its first half has the higher rate."""
+    day = {**synthetic(1, arrivals="deterministic"), "diurnal": {"amplitude": 0.8, "period_s": 86_400}}
+    workload = parse_workload(day).in_whole_courses()
+    times_s = [arrival.at_s for arrival in drain(workload.source(2.0, 0, 1000))]
+    assert times_s[-1] == pytest.approx(500, rel=0.01)
+    assert sum(at_s < 250 for at_s in times_s) == pytest.approx(500 * (1 + 0.8 * 2 / math.pi), rel=0.02)
+    slow = scenario((1, 100, 10.0), (2, 100, 10.0), fade_s=40.0)
+    fast = parse_workload({**slow, "whole_course": True}).source(10.0, 0, 1000)
+    old = [arrival.at_s for arrival in drain(parse_workload(slow).source(10.0, 0, 2000))]
+    assert [2 * arrival.at_s for arrival in drain(fast)] == pytest.approx(old[1::2], abs=0.5)
+
+
+def test_a_course_is_a_number_of_requests_at_each_rate() -> None:
+    pieces = parse_workload(scenario((1, 100, 5.0), (2, 100, 15.0)))
+    assert (pieces.course_requests(), pieces.course_requests(30.0)) == (2000, 6000)
+    day = {**synthetic(1), "diurnal": 0.5}
+    assert parse_workload(day).course_requests(2.0) == 2 * 86_400
+    assert parse_workload(day).course_requests() == 0  # no rate is known
+    both = parse_workload({"kind": "mix", "parts": [{"workload": day, "share": 1}, {"workload": "short", "share": 3}]})
+    assert both.course_requests(2.0) == 2 * 86_400
+    assert parse_workload("azure-conv").course_requests(5.0) == 0
+
+
+def test_a_replayed_trace_is_over_after_its_requests_and_a_population_after_its_seconds(tmp_path: Path) -> None:
+    path = tmp_path / "trace.csv"
+    path.write_text("timestamp,input_tokens,output_tokens\n" + "".join(f"{n / 2},9,9\n" for n in range(4000)))
+    replayed = parse_workload(f"trace:{path}?order=replay")
+    assert [replayed.course_requests(rate) for rate in (None, 2.0, 50.0)] == [4000] * 3
+    copies = parse_workload(f"trace:{path}?order=replay&scaling=population")
+    assert [copies.course_requests(rate) for rate in (None, 4.0)] == [4000, 8000]
+    for order in ("rotate", "resample"):
+        assert parse_workload(f"trace:{path}?order={order}").course_requests(4.0) == 0
+
+
+def test_classes_are_known_before_any_request_comes() -> None:
+    chat, code = {**synthetic(1, 1.0), "classes": "chat:1"}, {**synthetic(1, 1.0), "classes": "code:1,batch:1"}
+    parts = [{"workload": one} for one in (chat, code, synthetic(1, 1.0))]
+    assert parse_workload({"kind": "mix", "parts": parts}).slo_classes() == {"chat", "code", "batch", None}
+    pieces = [{**part, "duration_s": 9} for part in parts[:2]]
+    assert parse_workload({"kind": "scenario", "pieces": pieces}).slo_classes() == {"chat", "code", "batch"}
