@@ -31,6 +31,9 @@ from pdserve.cluster.planner.step_model import Region
 
 MAX_FITTED_REGIONS = 4
 MAX_COUNT = 64
+RAISES = 3
+"""What is taken for an outlier below the mean need not be one at it."""
+
 MAX_CANDIDATES = 12
 """Numbers of units that are tried as a bound in one round."""
 
@@ -201,8 +204,9 @@ def _solve(shapes: Shapes, bends: _Bends) -> Floats:
         before, weights = weights, huber_weights(np.abs(matrix @ found - 1.0))
         if np.allclose(before, weights, atol=1e-3):
             break
-    raised: Floats = found * (1.0 + mean_residual(1.0 / np.maximum(matrix @ found, 1e-9), counts))
-    return raised
+    for _ in range(RAISES):
+        found = found * (1.0 + mean_residual(1.0 / np.maximum(matrix @ found, 1e-9), counts))
+    return found
 
 
 def _errors(shapes: Shapes, bends: _Bends, weights: Floats) -> Floats:

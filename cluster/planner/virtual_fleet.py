@@ -1,4 +1,4 @@
-"""The workers of a simulation: made from a configuration and profiles, lost and replaced, turned to other roles.
+"""The workers of a simulation: made from a configuration and profiles, lost, replaced, turned, started and stopped.
 
 Which profile a worker has is by its name, else by its role: `{"decode-1": slow, "decode": fast, ...}`. Two workers use
 the first kind of link that the configuration prefers and both profiles have; `HOST_LINKS` only within one host. Knows

@@ -1,4 +1,4 @@
-"""What happens to a simulated fleet: unequal workers, hosts, deaths, flips, coming and going; and prompts that begin alike."""
+"""A simulated fleet: unequal workers, hosts, deaths, flips, coming and going; and prompts that begin alike."""
 
 from __future__ import annotations
 
@@ -215,6 +215,12 @@ def test_a_worker_that_is_stopped_ends_what_it_has_and_leaves(worker_id: str, at
     assert 0.0 < max(used) < at_s + 0.1
     assert worker_id not in outcome.blocks_left
     assert_clean(outcome, 200)
+
+
+def test_a_worker_that_is_stopped_waits_for_a_request_on_its_way_to_it() -> None:
+    outcome = served([Arrival(1.0, 100, 5)], (0, 0, 1), steering=script((1.001, Stop("mixed-0"))))
+    assert [record.failure for record in outcome.records] == [""]
+    assert not outcome.blocks_left
 
 
 def test_a_controller_sees_the_routers_queue() -> None:

@@ -52,17 +52,11 @@ UNKNOWN = {"num_samples": 0, "median_error": None, "p95_error": None}
 
 
 def prefill(upto: int | None, **fields: Any) -> dict[str, Any]:
-    return (
-        {"upto_tokens": upto, "fixed_s": 0.01, "per_token_s": 1e-4, "per_pair_s": 1e-8} | UNKNOWN | fields
-    )
+    return {"upto_tokens": upto, "fixed_s": 0.01, "per_token_s": 1e-4, "per_pair_s": 1e-8} | UNKNOWN | fields
 
 
 def decode(upto: int | None, **fields: Any) -> dict[str, Any]:
-    return (
-        {"upto_batch": upto, "fixed_s": 0.02, "per_sequence_s": 1e-4, "per_context_token_s": 1e-8}
-        | UNKNOWN
-        | fields
-    )
+    return {"upto_batch": upto, "fixed_s": 0.02, "per_sequence_s": 1e-4, "per_context_token_s": 1e-8} | UNKNOWN | fields
 
 
 def refusal(changed: dict[str, Any]) -> str:
