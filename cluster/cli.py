@@ -6,7 +6,6 @@ and an exit code: 0 done, 1 failed, 2 wrong usage, configuration or input. Never
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +18,7 @@ from pdserve.cluster.chat_command import chat
 from pdserve.cluster.config import DEFAULT_CONFIG, load_config
 from pdserve.cluster.errors_seam import one_line_errors
 from pdserve.cluster.generate_command import generate
+from pdserve.cluster.interruptible import end_as_if_interrupted
 from pdserve.cluster.profile_command import profile
 from pdserve.cluster.simulate_command import simulate
 from pdserve.cluster.status_command import status
@@ -43,8 +43,7 @@ def up(
     ] = False,
 ) -> None:
     """Start a cluster; without --detach, keep it up until Ctrl-C."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)  # as Ctrl-C: whatever was started goes down again
+    end_as_if_interrupted()
     settings = load_config(config, override or [])
     serving = False
     try:

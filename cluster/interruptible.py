@@ -46,3 +46,9 @@ def run_interruptible(runner: asyncio.Runner, work: Coroutine[Any, Any, T]) -> T
     if num_interrupts:
         raise KeyboardInterrupt
     return results[0]
+
+
+def end_as_if_interrupted() -> None:
+    """SIGTERM and SIGHUP mean what Ctrl-C does: whatever was started ends too."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)

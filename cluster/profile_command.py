@@ -29,6 +29,7 @@ from pdserve.cluster.profiling_links import fit_handoffs
 from pdserve.cluster.profiling_profile import Finding, Identity, Surroundings
 from pdserve.cluster.profiling_run import LoneCost, watch_steps
 from pdserve.cluster.session_groups import warn_of_starved_clients
+from pdserve.cluster.whole_files import require_writable, write_whole
 from pdserve.proto.errors import ConfigError, StartupError
 from pdserve.proto.types import KVLayout, Role
 
@@ -60,6 +61,8 @@ def profile(
 
     Starts clusters of its own on this machine; keep it otherwise idle meanwhile.
     """
+    if output is not None:
+        require_writable("--output", output)
     if convert is not None:
         _write(_converted(convert, name), output)
         return
@@ -218,10 +221,7 @@ def _write(found: Finding, output: Path | None) -> None:
     text = profiles.dump(found.profile)
     assert len(text) <= MAX_PROFILE_CHARS
     path = output or Path(f"{found.profile.name.replace('/', '-').replace(' ', '-')}.json")
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"--output: {path}: cannot be written: {error.strerror}") from error
+    write_whole("--output", path, text)
     console = Console(width=None if sys.stdout.isatty() else 200)
     for line in (*found.fit, *found.notes, *overhead_lines(found)):
         console.print(line, highlight=False, markup=False)

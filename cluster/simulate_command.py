@@ -37,7 +37,7 @@ from pdserve.cluster.simulation_sums import (
 )
 from pdserve.cluster.steering_options import parse_script
 from pdserve.cluster.tune_targets import targets_of
-from pdserve.cluster.workload_files import read_workload
+from pdserve.cluster.workload_files import read_workload, share_beyond
 from pdserve.proto.types import SLO
 
 DEFAULT_NUM_REQUESTS = 2000
@@ -73,14 +73,14 @@ def simulate(
     Exit status 1 when nothing completed.
     """
     settings = load_config(config, override or [])
-    if html is not None:
-        require_report(html)
-    lapse = None if html is None else Timelapse()
+    lapse = _lapse(html)
     fleet, general = read_fleet(profile, settings), SLO(ttft_ms, tpot_ms)
-    traffic = read_workload(workload).for_model(min(one.max_model_len for one in fleet.by_name.values()))
+    longest, whole = min(one.max_model_len for one in fleet.by_name.values()), read_workload(workload)
+    traffic = whole.for_model(longest)
     targets = targets_of(slo, ttft_ms, tpot_ms, DEFAULT_SHARE) if slo else ()
     check_known(targets, traffic.slo_classes())
     source = traffic.source(request_rate, seed, num_prompts)
+    steering = parse_script(fail or [], flip or [], worker_ids(settings))
     started_s = time.perf_counter()
     outcome = run(
         settings,
@@ -89,7 +89,7 @@ def simulate(
         exact=exact,
         are_prompts_shared=traffic.shares_prefixes(),
         workers_per_host=workers_per_host,
-        steering=parse_script(fail or [], flip or [], worker_ids(settings)),
+        steering=steering,
         lapse=lapse,
     )
     took_s = time.perf_counter() - started_s
@@ -97,12 +97,20 @@ def simulate(
     # What single workers of their own cost is not in the sums by role.
     spent = Spent(None, None) if fleet.by_worker else spent_of(outcome, settings, fleet.by_role)
     words = other_model(fleet.by_name.values(), settings)
-    notes = (*_model_notes(words), *_course_notes(traffic, request_rate, num_prompts), *_domain_notes(outcome))
+    before = (*_model_notes(words), *_cut_notes(whole, longest), *_course_notes(traffic, request_rate, num_prompts))
+    notes = (*before, *_domain_notes(outcome))
     done = _Done(name_of(settings), workload, seed, fleet, outcome, report, classes, spent, notes, took_s)
     if html is not None and lapse is not None:
         _write_report(done, general, lapse, html)
     _show_json(done) if as_json else _show(done)
     raise typer.Exit(0 if done.report.num_completed else 1)
+
+
+def _lapse(html: Path | None) -> Timelapse | None:
+    if html is None:
+        return None
+    require_report(html)
+    return Timelapse()
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +131,11 @@ class _Done:
 
 def _model_notes(words: str) -> tuple[str, ...]:
     return (f"{words}: step times are the profile's",) if words else ()
+
+
+def _cut_notes(whole: WorkloadSpec, longest: int) -> tuple[str, ...]:
+    cut = share_beyond(whole, longest)
+    return (f"{cut:.1%} of the requests are longer than {longest:,} tokens and were cut to it",) if cut else ()
 
 
 def _course_notes(traffic: WorkloadSpec, rate: float | None, num_requests: int) -> tuple[str, ...]:
@@ -179,12 +192,12 @@ def _show(done: _Done) -> None:
     if done.classes:
         console.print(render_classes(done.classes))
     for name, profile in done.fleet.by_name.items():
-        console.print(f"{name}: step times of {profile.name}, {profile.source}", highlight=False)
+        console.print(f"{name}: step times of {profile.name}, {profile.source}", highlight=False, markup=False)
     if outcome.num_prefix_query_tokens:
         share = outcome.num_prefix_hit_tokens / outcome.num_prefix_query_tokens
-        console.print(f"prefix caches held {share:.0%} of the prompts' tokens", highlight=False)
+        console.print(f"prefix caches held {share:.0%} of the prompts' tokens", highlight=False, markup=False)
     for line in (*spent_lines(done.spent), *done.notes):
-        console.print(line, highlight=False)
+        console.print(line, highlight=False, markup=False)
     num_requests = len(outcome.records)
     rate = num_requests / max(done.took_s, 1e-9)
     console.print(f"{num_requests:,} requests in {done.took_s:.1f} s, {rate:,.0f} a second")

@@ -5,7 +5,6 @@ Reads what was asked, shows how far it is, and shows and writes the answer; find
 
 from __future__ import annotations
 
-import itertools
 import json
 import sys
 import time
@@ -21,7 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from pdserve.cluster import command_options as options
 from pdserve.cluster import tune_options as asked
-from pdserve.cluster.arrivals import Arrival
+from pdserve.cluster.interruptible import end_as_if_interrupted
 from pdserve.cluster.planner.describe import describe_arrivals
 from pdserve.cluster.planner.findings import Answer, Target
 from pdserve.cluster.planner.fleets import Fleet, Limit, fleets_of, parse_split
@@ -29,25 +28,24 @@ from pdserve.cluster.planner.profile import Profile
 from pdserve.cluster.planner.search import EFFORTS
 from pdserve.cluster.planner.setup_config import deadline_s
 from pdserve.cluster.planner.setups import Choices
-from pdserve.cluster.planner.source import drain
 from pdserve.cluster.planner.tuning import Request, candidates
 from pdserve.cluster.planner.tuning import tune as find
 from pdserve.cluster.planner.workload_spec import WorkloadSpec
 from pdserve.cluster.profile_files import read_profile
 from pdserve.cluster.report_html import require_report, write_report
+from pdserve.cluster.simulation_sums import check_known
 from pdserve.cluster.tune_jobs import Problem
 from pdserve.cluster.tune_pool import Told, evaluator, usable_cores
 from pdserve.cluster.tune_report import lines, plain, render, write_best
 from pdserve.cluster.tune_targets import check_classes, targets_of
-from pdserve.cluster.workload_files import course_warnings, read_workload
+from pdserve.cluster.whole_files import require_writable
+from pdserve.cluster.workload_files import course_warnings, first_ones, read_workload, share_beyond
 from pdserve.proto.errors import ConfigError
 from pdserve.proto.types import Role
 
 PAPER_COLUMNS = 160
 """Of what is not shown on a terminal."""
 
-SAMPLE = 2_000
-"""Requests of the workload that are looked at before anything is simulated."""
 
 KV_MARGIN = 64
 """Tokens of a worker's memory that the longest request leaves: a block that is begun, and what a step takes ahead."""
@@ -80,14 +78,14 @@ def tune(
 
     Exit status 1 when no set-up can hold the targets.
     """
+    end_as_if_interrupted()
     targets = targets_of(slo or [], ttft_ms, tpot_ms, attainment)
     limit = Limit(gpus, price_per_hour, price_per_gpu_hour)
     limit.check()
     if effort not in EFFORTS:
         raise ConfigError(f"--effort: {effort!r} is none of {', '.join(EFFORTS)}")
     choices = _choices(splits, chunk_sizes, max_num_seqs, policies)
-    if html is not None:
-        require_report(html)
+    _check_files(html, write_config)
     fleets = _fleets(profile)
     spec, looks = _look_at(workload, fleets, targets)
     amount = EFFORTS[effort] if max_requests is None else replace(EFFORTS[effort], max_requests=max_requests)
@@ -113,6 +111,13 @@ def tune(
         name = model or next(iter(request.profiles.values())).model
         write_best(answer, request.profiles, name, write_config, request.least_timeout_s)
     raise typer.Exit(0 if answer.recommended is not None else 1)
+
+
+def _check_files(html: Path | None, write_config: Path | None) -> None:
+    if html is not None:
+        require_report(html)
+    if write_config is not None:
+        require_writable("--write-config", write_config)
 
 
 def _choices(splits: str, chunk_sizes: str | None, max_num_seqs: str | None, policies: str | None) -> Choices:
@@ -166,24 +171,19 @@ def _look_at(workload: str, fleets: tuple[Fleet, ...], targets: tuple[Target, ..
         raise ConfigError("--profile: kv_capacity_tokens leaves no room for a request")
     whole = read_workload(workload).in_whole_courses()
     check_classes(targets, sorted(whole.slo_classes(), key=str))
+    check_known(targets, whole.slo_classes())
     spec = whole.for_model(longest)
-    arrivals, before = _first_ones(spec), _first_ones(whole)
-    num_cut = sum(one.num_prompt_tokens + one.max_tokens > longest for one in before)
+    arrivals, cut = first_ones(spec), share_beyond(whole, longest)
     known = describe_arrivals(arrivals)
     notes = (
-        f"{num_cut / len(before):.1%} of the requests are longer than what a worker can hold, {longest:,} tokens, and "
-        "were cut to it",
+        f"{cut:.1%} of the requests are longer than what a worker can hold, {longest:,} tokens, and were cut to it",
     )
     return spec, _Looks(
         mean_prompt=known.prompt_tokens / known.num_requests,
         mean_output=known.output_tokens / known.num_requests,
         longest_output=max(one.max_tokens for one in arrivals),
-        notes=(*(notes if num_cut else ()), *course_warnings(spec)),
+        notes=(*(notes if cut else ()), *course_warnings(spec)),
     )
-
-
-def _first_ones(spec: WorkloadSpec) -> list[Arrival]:
-    return list(itertools.islice(drain(spec.source(spec.own_rate() or 1.0, 0, SAMPLE)), SAMPLE))
 
 
 def _ask(request: Request, spec: WorkloadSpec, num_processes: int, is_quiet: bool) -> Answer:

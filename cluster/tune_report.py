@@ -14,10 +14,10 @@ from typing import Any
 import yaml
 from rich.table import Table
 
-from pdserve.cluster.planner.findings import Answer, Finding, at
+from pdserve.cluster.planner.findings import Answer, Finding, Setup, at
 from pdserve.cluster.planner.profile import Profile
 from pdserve.cluster.planner.setup_config import tree_of
-from pdserve.proto.errors import ConfigError
+from pdserve.cluster.whole_files import write_whole
 from pdserve.proto.types import Role
 
 NOTHING = "-"
@@ -109,6 +109,12 @@ def lines(answer: Answer) -> Iterator[str]:
     yield f"{answer.num_requests:,} requests simulated in {answer.took_s:.0f} s"
 
 
+def _cannot_say(setup: Setup) -> list[str]:
+    """What the set-up is beyond what a configuration can tell."""
+    degree = setup.tensor_parallel_size
+    return [f"a plan only: `pdserve up` cannot start workers of tensor-parallel degree {degree}"] if degree > 1 else []
+
+
 def write_best(
     answer: Answer, profiles: Mapping[str, Profile], model: str, path: Path, least_timeout_s: float = 0.0
 ) -> None:
@@ -124,9 +130,8 @@ def write_best(
         f"{finding.setup.name}, by pdserve tune; seed {answer.question.seed}",
         f"{answer.question.workload}; {finding.goodput.rate:.4g} requests/s at the targets",
         answer.verdict,
+        *_cannot_say(finding.setup),
+        *(["router.slo is that of the first class"] if len(answer.question.targets) > 1 else []),
     ]
     comment = "".join(f"# {' '.join(line.split())}\n" for line in head)
-    try:
-        path.write_text(comment + yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"--write-config: {path}: cannot be written: {error.strerror or error}") from error
+    write_whole("--write-config", path, comment + yaml.safe_dump(tree, sort_keys=False))

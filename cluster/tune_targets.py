@@ -7,13 +7,13 @@ Knows nothing of what targets are used for.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 
 from pdserve.cluster.planner.findings import Target
 from pdserve.cluster.tune_jobs import GENERAL
 from pdserve.proto.errors import ConfigError
 
+MAX_SHARE, MAX_TARGET_MS = 0.999, 1e9
 FORM = "write NAME:ttft=MS,tpot=MS and, if you like, share=0.9"
 
 
@@ -59,10 +59,13 @@ def _parsed(text: str, attainment: float) -> Target:
 
 def _checked(target: Target, option: str) -> Target:
     for what, value in (("ttft", target.ttft_ms), ("tpot", target.tpot_ms)):
-        if not (value > 0 and math.isfinite(value)):
-            raise ConfigError(f"{option}: {what} {value:g} is not a positive number")
-    if not 0 < target.share < 1:
-        raise ConfigError(f"{option}: share {target.share:g} is not between 0 and 1; write 0.9 for 90 %")
+        if not 0 < value <= MAX_TARGET_MS:
+            raise ConfigError(f"{option}: {what} {value:g} is not a number of milliseconds up to {MAX_TARGET_MS:g}")
+    if not 0 < target.share <= MAX_SHARE:
+        raise ConfigError(
+            f"{option}: share {target.share:g} is not above 0 and at most {MAX_SHARE}; write 0.9 for 90 %. More than "
+            "that takes more requests to see than are simulated"
+        )
     return target
 
 

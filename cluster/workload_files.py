@@ -9,12 +9,15 @@ keys mean is `planner.workload`; paths in it are taken from its folder, paths in
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from pdserve.cluster.arrivals import Arrival
+from pdserve.cluster.planner.source import drain
 from pdserve.cluster.planner.workload import parse_workload
 from pdserve.cluster.planner.workload_spec import WorkloadSpec
 from pdserve.proto.errors import ConfigError
@@ -22,6 +25,8 @@ from pdserve.proto.errors import ConfigError
 SUFFIXES = (".yaml", ".yml")
 MAX_FILE_BYTES = 1 << 20
 MAX_DEPTH = 32
+SAMPLE = 2_000
+"""Requests that are looked at to see what a workload is like."""
 
 OPENING = (
     yaml.FlowMappingStartToken,
@@ -86,3 +91,14 @@ def _check_tokens(text: str, path: Path) -> None:
             raise ConfigError(f"--workload: {path}: nested too deeply for a workload")
         if isinstance(token, yaml.AliasToken):
             raise ConfigError(f"--workload: {path}: YAML aliases are not allowed; write the part out again")
+
+
+def first_ones(spec: WorkloadSpec) -> list[Arrival]:
+    """As many requests of a workload as tell what it is like."""
+    return list(itertools.islice(drain(spec.source(spec.own_rate() or 1.0, 0, SAMPLE)), SAMPLE))
+
+
+def share_beyond(whole: WorkloadSpec, longest: int) -> float:
+    """Of its requests, how many have more tokens than a model or a worker can hold."""
+    seen = first_ones(whole)
+    return sum(one.num_prompt_tokens + one.max_tokens > longest for one in seen) / len(seen)

@@ -16,8 +16,9 @@ from pdserve.proto.errors import ConfigError
 
 MAX_PROFILE_CHARS = 1 << 20
 MAX_REGIONS = 8
+LEAST_STEP_S = 1e-9
 
-Seconds: TypeAlias = Annotated[float, Field(ge=0)]
+Seconds: TypeAlias = Annotated[float, Field(ge=0, le=1e6)]
 Error: TypeAlias = Annotated[float, Field(ge=0)]
 Count: TypeAlias = Annotated[int, Field(ge=1)]
 
@@ -242,7 +243,7 @@ def _check_regions(phase: str, regions: Sequence[tuple[int | None, float]]) -> N
 
 
 def _check_takes_time(phase: str, one_s: float) -> None:
-    if one_s <= 0:
+    if one_s < LEAST_STEP_S:
         raise ValueError(f"{phase}.0: a step of one token takes no time; give fixed_s a positive value")
 
 

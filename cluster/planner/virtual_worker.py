@@ -7,6 +7,7 @@ nothing of how requests are placed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -79,7 +80,8 @@ class VirtualWorker:
         self._is_dead = False
         self._draining: tuple[float, Emptied] | None = None
         self._is_emptied = False  # what was to come of it is under way
-        self._clock.after(SWEEP_S, self._sweep)
+        self._started_s = self._clock.now_s
+        self._is_sweeping = False
         self.engine.post(_nothing)
 
     @property
@@ -99,6 +101,7 @@ class VirtualWorker:
         """Take nothing new; `emptied(self)`, so long after the last request here has ended. One under way goes on."""
         if self._draining is None:
             self._draining = (after_s, emptied)
+            self._keep_sweeping()
             self.engine.post(_nothing)
 
     def die(self) -> None:
@@ -114,6 +117,7 @@ class VirtualWorker:
     def prefill(self, request: WorkerRequest, hand_off_to: WorkerRef | None) -> None:
         """What the engine's scheduler could finish, as its `check` says."""
         if hand_off_to is not None:
+            self._keep_sweeping()
             self._prefill.prefill(request, hand_off_to)
             return
         sequence = self.engine.sequence_type(request, self._clock.now_s)
@@ -121,6 +125,7 @@ class VirtualWorker:
 
     def expect(self, request: WorkerRequest, source: WorkerRef) -> None:
         """Like `prefill`."""
+        self._keep_sweeping()
         self._decode.expect(request, source)
 
     def abort(self, handoff: HandoffId, reason: str) -> None:
@@ -182,7 +187,16 @@ class VirtualWorker:
             emptied(self)
             self.engine.post(_nothing)
 
+    def _keep_sweeping(self) -> None:
+        """At the moments at which a worker that never rests sweeps; one with nothing to look after rests."""
+        if not self._is_sweeping:
+            self._is_sweeping = True
+            num_past = math.floor((self._clock.now_s - self._started_s) / SWEEP_S)
+            next_s = self._started_s + (num_past + 1) * SWEEP_S
+            self._clock.at(next_s if next_s > self._clock.now_s else next_s + SWEEP_S, self._sweep)  # by rounding
+
     def _sweep(self) -> None:
+        self._is_sweeping = False
         if self._is_dead:
             return
         self._prefill.sweep()
@@ -192,7 +206,8 @@ class VirtualWorker:
                 self._decode.lost(lost)
         if self._draining is not None and not self._is_emptied:
             self.engine.post(_nothing)  # looks whether it is empty
-        self._clock.after(SWEEP_S, self._sweep)
+        if self._draining is not None or not (self._prefill.is_idle and self._decode.is_idle):
+            self._keep_sweeping()
 
 
 def _nothing(scheduler: Scheduler) -> None:

@@ -36,6 +36,9 @@ class Section(BaseModel):
 
 
 Positive: TypeAlias = Annotated[float, Field(gt=0)]
+Moment: TypeAlias = Annotated[float, Field(ge=1e-3, le=1e9)]
+Period: TypeAlias = Annotated[float, Field(ge=1, le=1e9)]
+"""Bounds keep a run finite: a process that changes a billion times a second never gets anywhere."""
 
 
 def _anchored(value: Any, info: ValidationInfo) -> Any:
@@ -124,8 +127,8 @@ class ArrivalProcess(Section):
 
     process: Literal["poisson", "gamma", "deterministic", "onoff"] = "poisson"
     cv: float | None = Field(default=None, gt=0, le=100)
-    mean_on_s: Positive | None = None
-    mean_off_s: Positive | None = None
+    mean_on_s: Moment | None = None
+    mean_off_s: Moment | None = None
     ratio: float | None = Field(default=None, ge=1, allow_inf_nan=True)
 
     @model_validator(mode="before")
@@ -166,7 +169,7 @@ class Diurnal(Section):
     """A slow sine on the rate; `phase` is the part of the period that is over at the start."""
 
     amplitude: float = Field(gt=0, le=1)
-    period_s: Positive = 86_400.0
+    period_s: Period = 86_400.0
     phase: float = Field(default=0.0, ge=0, lt=1)
 
     @model_validator(mode="before")

@@ -24,6 +24,9 @@ from pdserve.proto.errors import ConfigError
 ROUNDING = 1e-6
 """Of a request: a course of whole requests is not one longer for the last bit of a float."""
 
+LEAST_RATE = 1e-9
+"""One in thirty years: moments beyond have no seconds any more."""
+
 
 class Stream(IntEnum):
     """What random numbers are for. A number, once given, is part of what seeds mean."""
@@ -97,8 +100,10 @@ class WorkloadSpec(Section):
         rate = self.own_rate() if rate is None else rate
         if rate is None:
             raise ConfigError("workload: rate: is not known for this workload; add rate=REQUESTS_PER_SECOND")
-        if not (math.isfinite(rate) and rate > 0):
-            raise ConfigError(f"workload: rate: {rate!r} is not a positive number of requests per second")
+        if not (math.isfinite(rate) and rate >= LEAST_RATE):
+            raise ConfigError(
+                f"workload: rate: {rate!r} is not a number of requests per second of at least {LEAST_RATE:g}"
+            )
         if seed < 0:
             raise ConfigError(f"seed: {seed} is negative; use 0 or more")
         if num_requests is not None and num_requests < 1:

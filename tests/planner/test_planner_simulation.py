@@ -325,3 +325,13 @@ def test_more_prefill_workers_shorten_the_queue_for_the_first_token() -> None:
         for p in (1, 2, 4)
     ]
     assert ttfts[0] > ttfts[1] > ttfts[2]
+
+
+@pytest.mark.timeout(30)
+def test_years_without_a_request_take_no_time() -> None:
+    """Workers with nothing to look after rest: a billion sweeps would be seen."""
+    years = [Arrival(at_s, 100, 4) for at_s in (0.0, 1e9, 3e9)]
+    outcome = run(make_config(), years)
+    assert [record.failure for record in outcome.records] == ["", "", ""]
+    first, *_, last = (record.timing().ttft_ms() for record in outcome.records)
+    assert first == pytest.approx(last, rel=1e-3)
