@@ -173,7 +173,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Numbered lines that are not blank, never more than one in memory."""
     number = 0
     if path.exists() and not path.is_file():
-        raise ConfigError(f"{path}: is no regular file; a trace is read more than once")
+        raise ConfigError(f"{path}: cannot be read: is no regular file, and a trace is read more than once")
     try:
         with path.open("rb") as probe:
             zipped = probe.read(2) == GZIP_MAGIC

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import tracemalloc
 from pathlib import Path
 
@@ -201,3 +202,10 @@ def test_a_long_trace_is_never_whole_in_memory(tmp_path: Path) -> None:
         tracemalloc.stop()
     assert count == 20_000
     assert peak_bytes < 512 << 10
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    fifo = tmp_path / "trace.csv"
+    os.mkfifo(fifo)
+    with pytest.raises(ConfigError, match="no regular file"):
+        list(Trace(fifo))
