@@ -97,22 +97,22 @@ def _measured(settings: ClusterConfig, asked: _Asked, say: Say) -> Finding:
     overheads = Overheads(
         tokenize_s_per_token=steps.tokenize_s_per_token,
         request_s=steps.lone.request_s,
-        token_s=steps.steps.token_s(steps.lone),
+        token_s=steps.log.token_s(steps.lone),
     )
     around = finding.surroundings_of(costs, overheads, steps.startup_s, asked.flip_s)
-    timings = (*steps.steps.timings, *(timing for pair in pairs.values() for timing in pair.steps.timings))
+    timings = (*steps.log.timings, *(timing for pair in pairs.values() for timing in pair.log.timings))
     used = [role for role in Role if settings.replicas(role)]
     num_gpus = max(settings.pool(role).num_gpus for role in used)
     where = asked.hardware or f"{processor()}, {_cores(settings)} a worker"
     identity = _identity(asked.name, Path(settings.model).name, where, steps.layout, num_gpus, steps)
     origin = (
         f"pdserve profile: {len(timings)} steps of {sum(map(settings.replicas, used))} mixed workers and of a pair, "
-        f"{steps.steps.num_rounds} whole rounds in {asked.budget_s:g} s; links from hand-offs of pairs. "
+        f"{steps.log.num_rounds} whole rounds in {asked.budget_s:g} s; links from hand-offs of pairs. "
         + "; ".join(_lone_words(kind, lone) for kind, lone in _lones(steps, pairs).items())
         + f". Assumed, not measured: a role change in {asked.flip_s:g} s."
     )
     found = finding.profile_of(identity, timings, around, origin)
-    if not steps.steps.num_rounds:
+    if not steps.log.num_rounds:
         missing.append("the budget ended before one round over the grid; raise --budget-s")
     return Finding(found.profile, found.fit, found.notes, (*found.warnings, *missing))
 

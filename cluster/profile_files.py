@@ -57,7 +57,7 @@ class FleetProfiles:
 
 
 def read_profiles(written: Sequence[str], settings: ClusterConfig) -> dict[Role, Profile]:
-    """The profile of every role that has workers, as one of that role; a later one replaces an earlier one.
+    """The profile of every role that has workers; a later one replaces an earlier one.
 
     Raises:
         ConfigError: a file cannot be read or makes no sense, a role has no profile, two are of different models or
@@ -91,18 +91,13 @@ def read_fleet(written: Sequence[str], settings: ClusterConfig) -> FleetProfiles
     if missing:
         raise ConfigError(f"--profile: none for {' and '.join(missing)} workers; give FILE or {missing[0]}=FILE")
     by_role = {role: whole[role] for role in wanted}
-    by_worker = dict(single)
-    check_comparable([*(whole[role] for role in wanted), *single.values()])
-    return FleetProfiles(by_role, by_worker)
+    check_comparable([*by_role.values(), *single.values()])
+    return FleetProfiles(by_role, single)
 
 
 def worker_ids(settings: ClusterConfig) -> list[str]:
     """Of all workers, as `decode-1`."""
     return [f"{role}-{ordinal}" for role in Role for ordinal in range(settings.replicas(role))]
-
-
-def role_of(worker_id: str) -> Role:
-    return Role(worker_id.rpartition("-")[0])
 
 
 def _known_worker(name: str, settings: ClusterConfig) -> str:

@@ -37,7 +37,7 @@ Say = Callable[[str], None]
 class MeasuredSteps:
     """One cluster of mixed workers."""
 
-    steps: BurstLog
+    log: BurstLog
     lone: LoneCost
     tokenize_s_per_token: float
     startup_s: float
@@ -63,7 +63,7 @@ def pair_budgets(budget_s: float, num_kinds: int, is_first: bool) -> PairBudgets
 class MeasuredPair:
     """A prefill and a decode worker over one kind of link; without time for them no steps."""
 
-    steps: BurstLog
+    log: BurstLog
     handoffs: tuple[Handoff, ...]
     lone: LoneCost
 

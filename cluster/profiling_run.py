@@ -196,7 +196,8 @@ async def watch_steps(cluster: ClusterState, budget_s: float) -> tuple[tuple[Wor
                 kept.extend(new)
             left_s = deadline_s - time.monotonic()
             if left_s <= 0:
-                return infos, [timing for of_worker in timings_of(records) for timing in of_worker]
+                hosts = [info.host_id for info in infos]
+                return infos, [timing for of_worker in timings_of(records, hosts) for timing in of_worker]
             await asyncio.sleep(min(WATCH_S, left_s))
     finally:
         await reader.close()

@@ -88,11 +88,15 @@ class Activity:
         return float(self._before_s[last] + min(at_s - self._starts_s[last], self._lasts_s[last]))
 
 
-def timings_of(workers: Sequence[Sequence[StepRecord]]) -> list[list[Timing]]:
-    """Of the workers of one machine, each one's records in order of time."""
-    activities = [Activity(records) for records in workers]
+def timings_of(workers: Sequence[Sequence[StepRecord]], hosts: Sequence[str] | None = None) -> list[list[Timing]]:
+    """Of each worker's records in order of time. Company are the workers of the same host; without `hosts` all are.
+
+    Clocks of different machines have nothing to do with each other, and neither have their memories.
+    """
+    places = [""] * len(workers) if hosts is None else hosts
+    active = [(place, Activity(records)) for place, records in zip(places, workers, strict=True)]
     return [
-        list(_timings(records, [*activities[:number], *activities[number + 1 :]]))
+        list(_timings(records, [one for at, one in (*active[:number], *active[number + 1 :]) if at == places[number]]))
         for number, records in enumerate(workers)
     ]
 

@@ -20,7 +20,7 @@ Profiles: TypeAlias = Annotated[
     ),
 ]
 Workload: TypeAlias = Annotated[
-    str, typer.Option(help="A preset, trace:FILE, synthetic?..., sessions?...; see docs/planner.md.")
+    str, typer.Option(help="A preset, trace:FILE, synthetic?..., sessions?..., FILE.yaml; see docs/planner.md.")
 ]
 PricePerGpuHour: TypeAlias = Annotated[
     float | None, typer.Option(min=0, help="Price of a GPU; default: the profile's.")

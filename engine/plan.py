@@ -60,10 +60,7 @@ class StepPlan(NamedTuple):
 
     @property
     def num_decode_tokens(self) -> int:
-        # `is_decode`, written out: asked for every token
-        return len(
-            [0 for item in self.scheduled if item.num_tokens == 1 and item.start >= item.sequence.num_prompt_tokens]
-        )
+        return len([item for item in self.scheduled if item.is_decode])
 
     @property
     def sampled(self) -> tuple[Sequence, ...]:

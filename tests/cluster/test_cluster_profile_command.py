@@ -42,8 +42,9 @@ def one_line(done: Result) -> str:
         (["--from-cluster", "nobody"], "no cluster named 'nobody' is running"),
         (["--base", "x.json"], "--base: has a meaning with --from-cluster only"),
         (["--convert", "no-such.csv"], "--convert: no-such.csv: cannot be read"),
+        (["--output", "/nowhere/mine.json"], "--output: /nowhere/mine.json: cannot be written"),
     ],
-    ids=["budget", "nan", "model", "setting", "cluster", "base", "file"],
+    ids=["budget", "nan", "model", "setting", "cluster", "base", "file", "output"],
 )
 def test_wrong_use_is_one_line_and_exit_status_2(
     arguments: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -9,9 +9,8 @@ import pytest
 from planner_setups import make_config, make_profile
 
 from pdserve.cluster.planner.profile import dump
-from pdserve.cluster.profile_files import other_model, read_fleet, read_profiles, role_of, worker_ids
+from pdserve.cluster.profile_files import other_model, read_fleet, read_profiles, worker_ids
 from pdserve.proto.errors import ConfigError
-from pdserve.proto.types import Role
 
 SETTINGS = make_config(prefill=1, decode=2)
 
@@ -75,4 +74,3 @@ def test_a_model_goes_by_its_folders_name_or_by_the_one_it_is_served_under() -> 
 
 def test_workers_go_by_role_and_number() -> None:
     assert worker_ids(SETTINGS) == ["prefill-0", "decode-0", "decode-1"]
-    assert [role_of(name) for name in worker_ids(SETTINGS)] == [Role.PREFILL, Role.DECODE, Role.DECODE]

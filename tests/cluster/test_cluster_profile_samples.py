@@ -69,6 +69,12 @@ def test_a_step_knows_how_much_company_it_had() -> None:
     assert timings_of([one])[0][0].busy == 0.0
 
 
+def test_workers_of_other_machines_are_no_company() -> None:
+    one, other = records((0.0, 0.010, False)), records((0.0, 0.020, False))
+    shared, apart = (timings_of([one, other, other], hosts)[0][0].busy for hosts in (("a", "a", "b"), ("a", "b", "b")))
+    assert (shared, apart) == (pytest.approx(1.0), 0.0)
+
+
 def test_a_step_that_something_else_held_up_does_not_count() -> None:
     (sample,) = samples_of(timings([0.010, 0.011, 0.010, 0.250]))
     assert sample.duration_s == pytest.approx(0.031 / 3)

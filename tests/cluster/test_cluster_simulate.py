@@ -155,3 +155,10 @@ def test_cost_and_energy_are_those_of_the_whole_run_where_the_profile_knows_them
     shown = invoke("--profile", str(profile), "--workload", "short")
     assert "cost 3.6 an hour" in shown.stdout
     assert "J a request" in shown.stdout
+
+
+def test_prompts_that_were_cut_to_the_models_context_are_told_of(profile: Path) -> None:
+    cut = "100.0% of the requests are longer than 8,192 tokens and were cut to it"
+    for prompt, is_cut in (("100000", True), ("100", False)):
+        done = invoke("--profile", str(profile), "--workload", f"synthetic?prompt={prompt}&output=8&rate=1")
+        assert (cut in done.stdout) == is_cut, done.output

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from command_runner import application
 from planner_setups import make_profile
@@ -262,3 +267,23 @@ def test_long_answers_need_more_decode_workers_than_long_prompts(profile: Path) 
         found = json.loads(done.stdout)
         num_decode[kind] = found["findings"][found["recommended"]]["setup"]["num_workers"]["decode"]
     assert num_decode["answers"] > num_decode["prompts"]
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_whoever_ends_it_leaves_no_process_and_reads_one_line(profile: Path, number: signal.Signals) -> None:
+    arguments = ("--effort", "thorough", "--processes", "2", "--workload", "short", "--gpus", "8", *TARGETS)
+    command = [sys.executable, "-m", "pdserve.cluster.cli", "tune", "--profile", str(profile), *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        children: list[psutil.Process] = []
+        deadline_s = time.monotonic() + 60
+        while len(children) < 3 and time.monotonic() < deadline_s:  # two that simulate, and the one that tracks them
+            assert process.poll() is None
+            children = psutil.Process(process.pid).children(recursive=True)
+            time.sleep(0.02)
+        process.send_signal(number)
+        assert process.wait(30) == 130
+        assert process.stderr is not None
+        assert process.stderr.read() == "interrupted\n"
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert not alive
