@@ -26,6 +26,7 @@ from pdserve.cluster.report_series import Shown, best_ones, common_share, pictur
 from pdserve.cluster.report_svg import Plot
 from pdserve.cluster.report_table import (
     busy_table,
+    classes_table,
     figure,
     findings_table,
     interval,
@@ -81,9 +82,10 @@ def tune_page(answer: Answer) -> str:
 def simulation_page(story: SimulationStory) -> str:
     """The report of `pdserve simulate`."""
     shown = [] if story.picture is None else [Shown(story.picture, story.setup, "split", 0)]
+    limits = {one.target.name: (one.target.ttft_ms, one.target.tpot_ms) for one in story.classes}
     plots = {
         "lapse": lapse_plot(story.lapse),
-        "latency": latency_plot(shown, {"": (story.slo.ttft_ms, story.slo.tpot_ms)}, None),
+        "latency": latency_plot(shown, limits, None),
         "waterfall": waterfall_plot(shown),
     }
     return _render(
@@ -94,6 +96,7 @@ def simulation_page(story: SimulationStory) -> str:
         totals=_totals(story),
         played=played(story.lapse),
         spreads=spreads_table(story),
+        classes=classes_table(story),
         phases=phases_table(shown),
         busy=busy_table(shown),
     )

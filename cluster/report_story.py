@@ -5,18 +5,19 @@ Only puts together; the sums are made where real load is summed up, too.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 from pdserve.cluster.config import ClusterConfig
 from pdserve.cluster.load_report import LoadReport
-from pdserve.cluster.planner.findings import Picture, Setup, Target
+from pdserve.cluster.planner.findings import ClassReport, Picture, Setup, Target
 from pdserve.cluster.planner.picture import Run
 from pdserve.cluster.planner.profile import Profile
 from pdserve.cluster.planner.simulation import Outcome
 from pdserve.cluster.planner.timelapse import Lapse, SimulationStory, Spread
 from pdserve.cluster.simulation_report import seen_of
-from pdserve.proto.types import SLO, Role
+from pdserve.cluster.tune_targets import target_of
+from pdserve.proto.types import Role
 
 
 def story_of(
@@ -28,6 +29,7 @@ def story_of(
     seed: int,
     picture: Picture | None,
     lapse: Lapse,
+    classes: tuple[ClassReport, ...],
     warnings: tuple[str, ...] = (),
 ) -> SimulationStory:
     """`setup` is its name, as in `3P5D`; `warnings` are what the user must know before believing it."""
@@ -37,7 +39,7 @@ def story_of(
         workload=workload,
         profiles=tuple(f"{role}: {profile.name}, {profile.source}" for role, profile in profiles.items()),
         seed=seed,
-        slo=SLO(report.slo_ttft_ms, report.slo_tpot_ms),
+        classes=classes,
         num_requests=report.num_requests,
         num_completed=report.num_completed,
         duration_s=report.duration_s,
@@ -58,13 +60,11 @@ def name_of(config: ClusterConfig) -> str:
     return Setup({role: config.replicas(role) for role in Role}, {}, {}, config.router.policy).name
 
 
-def picture_of(outcome: Outcome, slo: SLO, rate: float) -> Picture | None:
+def picture_of(outcome: Outcome, targets: Sequence[Target], rate: float) -> Picture | None:
     """Latencies and phases of a simulation, without its start; `None` if nothing completed."""
     records = sorted(outcome.records, key=lambda record: record.arrival.at_s)
     if all(record.failure for record in records):
         return None
-    run = Run(
-        [seen_of(record, 0) for record in records], [Target("all", slo.ttft_ms, slo.tpot_ms, slo.percentile / 100)]
-    )
+    run = Run([seen_of(record, target_of(targets, record.arrival.slo_class)) for record in records], targets)
     busy = {name: busy_s / max(outcome.end_s, 1e-9) for name, busy_s in outcome.busy_s.items()}
     return run.picture(rate, busy)

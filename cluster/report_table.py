@@ -182,6 +182,24 @@ def busy_table(shown: list[Shown]) -> Table:
     return Table(("set-up", "who", "busy"), tuple(rows))
 
 
+def classes_table(story: SimulationStory) -> Table:
+    rows = [
+        Row(
+            (
+                words(one.target.name),
+                figure(one.target.ttft_ms),
+                figure(one.target.tpot_ms),
+                figure(one.num_requests),
+                MISSING if one.attainment is None else share(one.attainment),
+                share(one.target.share),
+                words("met" if one.is_met else "missed"),
+            )
+        )
+        for one in story.classes
+    ]
+    return Table(("class", "TTFT, ms", "TPOT, ms", "requests", "attained", "wanted", ""), tuple(rows))
+
+
 def spreads_table(story: SimulationStory) -> Table:
     rows = [
         Row((words(name), *(figure(ms) for ms in (one.p50_ms, one.p90_ms, one.p99_ms, one.mean_ms, one.max_ms))))

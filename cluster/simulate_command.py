@@ -18,6 +18,7 @@ from pdserve.cluster import command_options as options
 from pdserve.cluster import tune_options as asked
 from pdserve.cluster.config import DEFAULT_CONFIG, load_config
 from pdserve.cluster.load_report import LoadReport, render
+from pdserve.cluster.planner.findings import ClassReport
 from pdserve.cluster.planner.simulation import Outcome
 from pdserve.cluster.planner.simulation import simulate as run
 from pdserve.cluster.planner.timelapse import Timelapse
@@ -27,10 +28,11 @@ from pdserve.cluster.report_html import require_report, write_simulation
 from pdserve.cluster.report_story import name_of, picture_of, story_of
 from pdserve.cluster.simulation_report import render_workers, report_of
 from pdserve.cluster.simulation_sums import (
-    ClassReport,
     Spent,
     check_known,
+    class_fields,
     classes_of,
+    judged_by_classes,
     render_classes,
     spent_lines,
     spent_of,
@@ -77,7 +79,7 @@ def simulate(
     fleet, general = read_fleet(profile, settings), SLO(ttft_ms, tpot_ms)
     longest, whole = min(one.max_model_len for one in fleet.by_name.values()), read_workload(workload)
     traffic = whole.for_model(longest)
-    targets = targets_of(slo, ttft_ms, tpot_ms, DEFAULT_SHARE) if slo else ()
+    targets = targets_of(slo or (), ttft_ms, tpot_ms, DEFAULT_SHARE)
     check_known(targets, traffic.slo_classes())
     source = traffic.source(request_rate, seed, num_prompts)
     steering = parse_script(fail or [], flip or [], worker_ids(settings))
@@ -93,7 +95,8 @@ def simulate(
         lapse=lapse,
     )
     took_s = time.perf_counter() - started_s
-    report, classes = report_of(outcome, general), classes_of(outcome, targets)
+    classes = classes_of(outcome, targets)
+    report = judged_by_classes(report_of(outcome, general), classes)
     # What single workers of their own cost is not in the sums by role.
     spent = Spent(None, None) if fleet.by_worker else spent_of(outcome, settings, fleet.by_role)
     words = other_model(fleet.by_name.values(), settings)
@@ -101,7 +104,7 @@ def simulate(
     notes = (*before, *_domain_notes(outcome))
     done = _Done(name_of(settings), workload, seed, fleet, outcome, report, classes, spent, notes, took_s)
     if html is not None and lapse is not None:
-        _write_report(done, general, lapse, html)
+        _write_report(done, lapse, html)
     _show_json(done) if as_json else _show(done)
     raise typer.Exit(0 if done.report.num_completed else 1)
 
@@ -153,15 +156,16 @@ def _domain_notes(outcome: Outcome) -> tuple[str, ...]:
     return tuple(f"beyond what was measured: {line}" for line in outcome.extrapolation.summary())
 
 
-def _write_report(done: _Done, general: SLO, lapse: Timelapse, path: Path) -> None:
+def _write_report(done: _Done, lapse: Timelapse, path: Path) -> None:
     story = story_of(
         done.report,
         setup=done.setup,
         workload=done.workload,
         profiles=done.fleet.by_role,
         seed=done.seed,
-        picture=picture_of(done.outcome, general, done.report.offered_rate),
+        picture=picture_of(done.outcome, [one.target for one in done.classes], done.report.offered_rate),
         lapse=lapse.lapse(),
+        classes=done.classes,
         warnings=done.notes,
     )
     profiles = tuple(f"{name}: {profile.name}, {profile.source}" for name, profile in done.fleet.by_name.items())
@@ -177,7 +181,7 @@ def _show_json(done: _Done) -> None:
         "profiles": {
             name: {"name": profile.name, "source": profile.source} for name, profile in done.fleet.by_name.items()
         },
-        "classes": [asdict(one) | {"is_met": one.is_met} for one in done.classes],
+        "classes": [class_fields(one) for one in done.classes],
         **asdict(done.spent),
         "extrapolated": outcome.extrapolation.summary(),
         "notes": done.notes,
@@ -187,9 +191,11 @@ def _show_json(done: _Done) -> None:
 
 def _show(done: _Done) -> None:
     console, outcome = Console(), done.outcome
-    for table in (*render(done.report), render_workers(outcome)):
+    has_classes = len(done.classes) > 1
+    judged_by = "each class by its own targets" if has_classes else None
+    for table in (*render(done.report, judged_by), render_workers(outcome)):
         console.print(table)
-    if done.classes:
+    if has_classes:
         console.print(render_classes(done.classes))
     for name, profile in done.fleet.by_name.items():
         console.print(f"{name}: step times of {profile.name}, {profile.source}", highlight=False, markup=False)

@@ -7,34 +7,20 @@ is not made up. Knows nothing of how a simulation ran.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from rich.table import Table
 
 from pdserve.cluster.config import ClusterConfig
+from pdserve.cluster.load_report import LoadReport
 from pdserve.cluster.planner.costing import cost_of, energy_of
-from pdserve.cluster.planner.findings import Cost, Energy, Picture, Setup, Target
+from pdserve.cluster.planner.findings import ClassReport, Cost, Energy, Picture, Setup, Target
 from pdserve.cluster.planner.profile import Profile
 from pdserve.cluster.planner.simulation import Outcome
-from pdserve.cluster.tune_jobs import GENERAL
+from pdserve.cluster.tune_targets import GENERAL, target_of
 from pdserve.proto.errors import ConfigError
 from pdserve.proto.types import SLO, Role
-
-
-@dataclass(frozen=True, slots=True)
-class ClassReport:
-    """One SLO class. `attainment` is the part of its requests that met both targets, `None` where it had none."""
-
-    name: str
-    ttft_ms: float
-    tpot_ms: float
-    share: float
-    num_requests: int
-    attainment: float | None
-
-    @property
-    def is_met(self) -> bool:
-        return self.attainment is None or self.attainment >= self.share
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,22 +43,33 @@ def check_known(targets: Sequence[Target], classes: frozenset[str | None]) -> No
 
 
 def classes_of(outcome: Outcome, targets: Sequence[Target]) -> tuple[ClassReport, ...]:
-    """Every class by its own targets; requests of no named class are of the general one. None without targets."""
-    if not targets:
-        return ()
-    by_name = {target.name: target for target in targets}
-    seen, good = dict.fromkeys(by_name, 0), dict.fromkeys(by_name, 0)
+    """Every class by its own targets; requests of no named class are of the general one."""
+    seen, good = [0] * len(targets), [0] * len(targets)
+    slos = [SLO(target.ttft_ms, target.tpot_ms) for target in targets]
     for record in outcome.records:
-        asked = record.arrival.slo_class
-        name = asked if asked in by_name and asked is not None else GENERAL
-        target = by_name[name]
-        seen[name] += 1
-        good[name] += not record.failure and record.timing().meets(SLO(target.ttft_ms, target.tpot_ms))
-    attained = {name: good[name] / count if count else None for name, count in seen.items()}
-    return tuple(
-        ClassReport(name, one.ttft_ms, one.tpot_ms, one.share, seen[name], attained[name])
-        for name, one in by_name.items()
+        index = target_of(targets, record.arrival.slo_class)
+        seen[index] += 1
+        good[index] += not record.failure and record.timing().meets(slos[index])
+    return tuple(ClassReport(*counted) for counted in zip(targets, seen, good, strict=True))
+
+
+def judged_by_classes(report: LoadReport, classes: Sequence[ClassReport]) -> LoadReport:
+    """The same report, its goodput that of requests which met the targets of their own class."""
+    num_good = sum(one.num_good for one in classes)
+    return replace(
+        report,
+        goodput_per_s=num_good / report.duration_s,
+        attainment=num_good / report.num_requests if report.num_requests else 0.0,
     )
+
+
+def class_fields(one: ClassReport) -> dict[str, Any]:
+    """For JSON."""
+    return asdict(one.target) | {
+        "num_requests": one.num_requests,
+        "attainment": one.attainment,
+        "is_met": one.is_met,
+    }
 
 
 def spent_of(outcome: Outcome, config: ClusterConfig, by_role: Mapping[Role, Profile]) -> Spent:
@@ -105,8 +102,9 @@ def render_classes(classes: Sequence[ClassReport]) -> Table:
     for heading in ("class", "TTFT, TPOT (ms)", "requests", "attained", "wanted"):
         table.add_column(heading, justify="left" if heading == "class" else "right")
     for one in classes:
-        attained = "-" if one.attainment is None else f"{one.attainment:.1%}"
-        cells = (one.name, f"{one.ttft_ms:g}, {one.tpot_ms:g}", f"{one.num_requests:,}", attained, f"{one.share:.1%}")
+        attained, target = "-" if one.attainment is None else f"{one.attainment:.1%}", one.target
+        limits, wanted = f"{target.ttft_ms:g}, {target.tpot_ms:g}", f"{target.share:.1%}"
+        cells = (target.name, limits, f"{one.num_requests:,}", attained, wanted)
         table.add_row(*cells, style="" if one.is_met else "red")
     return table
 

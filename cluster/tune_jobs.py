@@ -20,6 +20,7 @@ from pdserve.cluster.planner.trials import Found, Hunt, Job, Probe, Result, View
 from pdserve.cluster.planner.virtual_router import Record
 from pdserve.cluster.planner.workload_spec import WorkloadSpec
 from pdserve.cluster.simulation_report import seen_of
+from pdserve.cluster.tune_targets import target_of
 from pdserve.proto.types import SLO
 
 BEHIND_STRETCH = 1.5
@@ -27,9 +28,6 @@ BEHIND_STRETCH = 1.5
 
 NEAR = 0.2
 """Runs within such a part of the goodput are at it, more or less."""
-
-GENERAL = "all"
-"""The class of requests that no other class was given for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +38,6 @@ class Problem:
     workload: WorkloadSpec
     targets: tuple[Target, ...]
     least_timeout_s: float = 0.0
-
-    def target_of(self, slo_class: str | None) -> int:
-        """Which of the targets a class is judged by."""
-        names = [target.name for target in self.targets]
-        if len(names) == 1:
-            return 0
-        return names.index(slo_class if slo_class in names else GENERAL)
 
 
 def perform(job: Job, problem: Problem) -> Result:
@@ -134,7 +125,7 @@ def _at(goodput: Goodput, beyond: Sequence[tuple[float, tuple[str, ...]]]) -> tu
 def _outcomes(records: Sequence[Record], problem: Problem) -> Outcomes:
     log = OutcomeLog()
     for record in records:
-        index = problem.target_of(record.arrival.slo_class)
+        index = target_of(problem.targets, record.arrival.slo_class)
         target = problem.targets[index]
         slo = SLO(target.ttft_ms, target.tpot_ms)
         log.add(record.timing(), slo, failed=bool(record.failure), slo_class=index)
@@ -142,7 +133,7 @@ def _outcomes(records: Sequence[Record], problem: Problem) -> Outcomes:
 
 
 def _seen(ordered: Sequence[Record], problem: Problem) -> list[Seen]:
-    return [seen_of(record, problem.target_of(record.arrival.slo_class)) for record in ordered]
+    return [seen_of(record, target_of(problem.targets, record.arrival.slo_class)) for record in ordered]
 
 
 def _work(records: Sequence[Record]) -> Iterator[Work]:

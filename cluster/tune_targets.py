@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from pdserve.cluster.planner.findings import Target
-from pdserve.cluster.tune_jobs import GENERAL
 from pdserve.proto.errors import ConfigError
+
+GENERAL = "all"
+"""The class of requests that no other class was given for."""
 
 MAX_SHARE, MAX_TARGET_MS = 0.999, 1e9
 FORM = "write NAME:ttft=MS,tpot=MS and, if you like, share=0.9"
@@ -37,6 +39,14 @@ def targets_of(
         if names.count(name) > 1:
             raise ConfigError(f"--slo: {name} is given twice")
     return tuple(targets)
+
+
+def target_of(targets: Sequence[Target], slo_class: str | None) -> int:
+    """Which of the targets requests of a class are judged by: a single one judges all."""
+    if len(targets) == 1:
+        return 0
+    names = [target.name for target in targets]
+    return names.index(slo_class if slo_class in names else GENERAL)
 
 
 def _parsed(text: str, attainment: float) -> Target:

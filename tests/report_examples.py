@@ -10,6 +10,7 @@ from pdserve.cluster.planner.attainment import Attainment
 from pdserve.cluster.planner.findings import (
     QUANTILES,
     Answer,
+    ClassReport,
     Cost,
     Energy,
     Finding,
@@ -21,7 +22,7 @@ from pdserve.cluster.planner.findings import (
 )
 from pdserve.cluster.planner.goodput import Goodput
 from pdserve.cluster.planner.timelapse import Lapse, SimulationStory, Spread, Timelapse, WorkerSample
-from pdserve.proto.types import SLO, Role
+from pdserve.proto.types import Role
 
 TARGET = Target("chat", ttft_ms=500.0, tpot_ms=50.0, share=0.9)
 PHASES = ("router queue", "prefill queue", "prefill", "transfer", "decode queue", "decode")
@@ -172,7 +173,7 @@ def make_story(**changes: object) -> SimulationStory:
         workload="azure-conv?rate=16",
         profiles=("splitwise-h100: fitted to public measurements",),
         seed=7,
-        slo=SLO(500.0, 50.0),
+        classes=(ClassReport(Target("all", 500.0, 50.0, 0.9), 2000, 1857),),
         num_requests=2000,
         num_completed=1994,
         duration_s=126.2,

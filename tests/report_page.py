@@ -5,9 +5,16 @@ Refuses a page whose elements are not closed in their turn.
 
 from __future__ import annotations
 
+import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
+
+from pdserve.cluster.planner.findings import Answer
+from pdserve.cluster.planner.timelapse import SimulationStory
+from pdserve.cluster.report_html import write_report, write_simulation
 
 VOID = {"area", "br", "col", "hr", "img", "input", "link", "meta"}
 
@@ -71,3 +78,22 @@ class Page(HTMLParser):
         """Every `<svg>`, read as XML."""
         drawn = [ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", self.source, re.DOTALL)]
         return {one.attrib["aria-labelledby"].partition("-title")[0]: one for one in drawn}
+
+
+def report(answer: Answer, folder: Path) -> Page:
+    """The report of `pdserve tune`, written to a file and read back."""
+    write_report(answer, folder / "report.html")
+    return Page((folder / "report.html").read_text(encoding="utf-8"))
+
+
+def simulation(story: SimulationStory, folder: Path) -> Page:
+    """The report of `pdserve simulate`, written to a file and read back."""
+    write_simulation(story, folder / "simulation.html")
+    return Page((folder / "simulation.html").read_text(encoding="utf-8"))
+
+
+def played(page: Page) -> dict[str, Any]:
+    """The samples that the time-lapse plays."""
+    (data,) = re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', page.source, re.DOTALL)
+    read: dict[str, Any] = json.loads(data)
+    return read

@@ -60,6 +60,23 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True)
+class ClassReport:
+    """How many of the requests of one SLO class met both of its targets; what failed did not."""
+
+    target: Target
+    num_requests: int
+    num_good: int
+
+    @property
+    def attainment(self) -> float | None:
+        return self.num_good / self.num_requests if self.num_requests else None
+
+    @property
+    def is_met(self) -> bool:
+        return self.attainment is None or self.attainment >= self.target.share
+
+
+@dataclass(frozen=True, slots=True)
 class Phase:
     """Where the time of requests went. `share_of_misses` is of the requests that missed a target: those in which this
     phase is the one that took the most beyond its own median."""

@@ -13,8 +13,8 @@ from array import array
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from pdserve.cluster.planner.findings import Picture
-from pdserve.proto.types import SLO, Role
+from pdserve.cluster.planner.findings import ClassReport, Picture
+from pdserve.proto.types import Role
 
 MIN_SAMPLES = 2
 FIELDS = 5
@@ -74,15 +74,16 @@ class Spread:
 class SimulationStory:
     """One set-up over one workload: what a report of it shows.
 
-    Rates are per second of `duration_s`. `spreads` are by the name of the latency, `errors` by what requests failed
-    with; `profiles` is each profile's name and where its step times are from. `picture` is `None` if nothing completed.
+    Rates are per second of `duration_s`; goodput and attainment count requests that met the targets of their
+    own class. `spreads` are by the name of the latency, `errors` by what requests failed with; `profiles` is each
+    profile's name and where its step times are from. `picture` is `None` if nothing completed.
     """
 
     setup: str
     workload: str
     profiles: tuple[str, ...]
     seed: int
-    slo: SLO
+    classes: tuple[ClassReport, ...]
     num_requests: int
     num_completed: int
     duration_s: float

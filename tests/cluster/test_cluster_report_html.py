@@ -4,57 +4,34 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import math
 import re
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
-from command_runner import application
-from planner_setups import make_profile
 from report_examples import (
     make_answer,
     make_attainment,
     make_finding,
     make_goodput,
-    make_lapse,
     make_picture,
     make_setup,
     make_story,
 )
-from report_page import Page
-from typer.testing import CliRunner
+from report_page import Page, played, report, simulation
 
-from pdserve.cluster.load import LoadResult, RequestRecord
-from pdserve.cluster.load_report import summarize
-from pdserve.cluster.planner.findings import Answer, Target
-from pdserve.cluster.planner.profile import dump
-from pdserve.cluster.planner.timelapse import SimulationStory, Timelapse
-from pdserve.cluster.report_html import require_report, write_report, write_simulation
+from pdserve.cluster.planner.findings import Target
+from pdserve.cluster.report_html import require_report, write_report
 from pdserve.cluster.report_series import falling
-from pdserve.cluster.report_story import story_of
-from pdserve.cluster.simulate_command import simulate
 from pdserve.proto.errors import ConfigError
-from pdserve.proto.types import SLO, RequestTiming, Role
 
 TUNE_PLOTS = {"attainment", "goodput", "latency", "waterfall", "cost"}
 HOSTILE = (
     """</script><script>alert("1")</script><img src=x onerror='alert(2)'>&amp; $\\frac{1}{0}$"""
     " {{ 7 * 7 }} \u202egnp.exe\x07"
 )
-
-
-def report(answer: Answer, folder: Path) -> Page:
-    write_report(answer, folder / "report.html")
-    return Page((folder / "report.html").read_text(encoding="utf-8"))
-
-
-def simulation(story: SimulationStory, folder: Path) -> Page:
-    write_simulation(story, folder / "simulation.html")
-    return Page((folder / "simulation.html").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
@@ -280,93 +257,6 @@ def test_many_gpus_still_have_readable_names_below_the_axis(tmp_path: Path) -> N
 
 def test_the_same_answer_gives_the_same_file(tmp_path: Path, tuned: Page) -> None:
     assert report(make_answer(), tmp_path).source == tuned.source
-
-
-def played(page: Page) -> dict[str, Any]:
-    (data,) = re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', page.source, re.DOTALL)
-    read: dict[str, Any] = json.loads(data)
-    return read
-
-
-def test_the_time_lapse_is_in_the_page_as_it_was_sampled(simulated: Page) -> None:
-    lapse = make_story().lapse
-    data = played(simulated)
-    assert data["at"] == [round(at_s, 3) for at_s in lapse.at_s]
-    assert data["inflight"] == list(lapse.router_inflight)
-    assert [one["id"] for one in data["workers"]] == [track.worker_id for track in lapse.tracks]
-    assert data["workers"][7]["used"] == list(lapse.tracks[7].used_blocks)
-    assert None in lapse.tracks[7].used_blocks
-
-
-def test_a_simulation_shows_its_totals_latencies_and_failures(simulated: Page) -> None:
-    assert simulated.row("TTFT") == ["TTFT", "210", "455", "980.5", "260.1", "1,830"]
-    for said in ("3P5D attains 92.8 % at 16.02 requests/s", "14.71", "1,994 of 2,000", "6 × RESOURCE_EXHAUSTED"):
-        assert said in simulated.text
-
-
-def test_a_load_report_becomes_a_story_with_the_same_figures(tmp_path: Path) -> None:
-    timing = RequestTiming(0.0, 0.0, 0.2, 1.2, 1.2, 11)
-    loaded = summarize(
-        LoadResult((RequestRecord(timing, 100), RequestRecord(timing, 100)), 0.0, 2.0, num_capped=0, num_clipped=0),
-        SLO(500.0, 50.0),
-    )
-    story = story_of(
-        loaded,
-        setup="1P1D",
-        workload="short",
-        profiles={Role.DECODE: make_profile()},
-        seed=3,
-        picture=None,
-        lapse=make_lapse(1, 1),
-    )
-    page = simulation(story, tmp_path)
-    assert page.row("TTFT")[1] == "200"
-    assert "decode: made up, predicted" in page.text
-    assert f"1P1D attains {100 * loaded.attainment:.1f} %" in page.text
-
-
-def test_simulate_writes_its_report(tmp_path: Path) -> None:
-    profile, path = tmp_path / "profile.json", tmp_path / "report.html"
-    profile.write_text(dump(make_profile()))
-    options = ("--profile", str(profile), "--workload", "short", "--request-rate", "5", "--html", str(path))
-    done = CliRunner().invoke(
-        application(simulate), ["simulate", "--set", "engine.num_blocks=500", "--num-prompts", "60", "--json", *options]
-    )
-    assert done.exit_code == 0, done.output
-    found, page = json.loads(done.stdout), Page(path.read_text(encoding="utf-8"))
-    assert set(page.plots()) == {"lapse", "latency", "waterfall"}
-    assert f"1P1D attains {100 * found['attainment']:.1f} %" in page.text
-    assert "prefill: made up, predicted" in page.text
-    data = played(page)
-    assert [one["id"] for one in data["workers"]] == ["prefill-0", "decode-0"]
-    assert max(data["inflight"]) > 0
-    assert data["at"][-1] > 1.0
-
-
-def test_simulate_says_at_once_that_a_report_cannot_be_written(tmp_path: Path) -> None:
-    path = tmp_path / "missing" / "report.html"
-    done = CliRunner().invoke(application(simulate), ["simulate", "--profile", "unread", "--html", str(path)])
-    assert done.exit_code == 2
-    assert f"--html: {path}: cannot be written" in done.output
-
-
-def test_a_thousand_workers_fit_into_the_figure_and_some_of_them_into_the_player(tmp_path: Path) -> None:
-    page = simulation(make_story(lapse=make_lapse(300, 700, num_samples=80)), tmp_path)
-    data = played(page)
-    assert len(data["workers"]) + data["left_out"] == 1000
-    assert len(page.source) < 2_000_000
-
-
-def test_a_simulation_of_nothing_says_so(tmp_path: Path) -> None:
-    story = make_story(lapse=Timelapse().lapse(), picture=None, spreads={}, num_completed=0)
-    page = simulation(story, tmp_path)
-    assert not page.plots()
-    assert "nothing was sampled" in page.text
-    assert "Nothing completed." in page.text
-
-
-def test_one_moment_is_enough_for_a_lapse(tmp_path: Path) -> None:
-    assert "lapse" in simulation(make_story(lapse=make_lapse(num_samples=1)), tmp_path).plots()
 
 
 def test_without_the_packages_there_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
