@@ -12,7 +12,9 @@ from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from yaml.constructor import ConstructorError
 
+from pdserve.cluster.unique_keys import repeated
 from pdserve.engine.config import EngineConfig
 from pdserve.kv_transfer.config import KVTransferConfig
 from pdserve.proto.errors import ConfigError
@@ -124,8 +126,8 @@ def _check(config: ClusterConfig) -> None:
         )
 
 
-class _NoAliasLoader(yaml.SafeLoader):
-    """Safe loading without aliases: a small file must not unfold into a huge tree."""
+class _StrictLoader(yaml.SafeLoader):
+    """Safe loading without aliases (a small file must not unfold into a huge tree) and without keys given twice."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -134,6 +136,25 @@ class _NoAliasLoader(yaml.SafeLoader):
             raise ConfigError("nested too deeply")
         return super().compose_node(parent, index)
 
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise ConstructorError(problem=repeated(key.value), problem_mark=key.start_mark)
+            seen.add(key.value)
+        return node
+
+
+def parse_yaml(text: str) -> Any:
+    """What a YAML text holds.
+
+    Raises:
+        ConfigError: it has aliases, or is nested too deeply.
+        yaml.YAMLError: it is not YAML, or has a key twice in one place.
+    """
+    return yaml.load(text, Loader=_StrictLoader)
+
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
@@ -141,7 +162,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         if size > MAX_CONFIG_BYTES:
             raise ConfigError(f"{path}: {size} bytes is too large for a configuration file")
         text = path.read_text(encoding="utf-8")
-        tree = yaml.load(text, Loader=_NoAliasLoader)
+        tree = parse_yaml(text)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     except FileNotFoundError as error:
@@ -162,9 +183,12 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     if not equals or not all(parts) or len(parts) > MAX_DEPTH:
         raise ConfigError(f"--set {override}: expected section.key=value")
     try:
-        value = yaml.load(text, Loader=_NoAliasLoader)
+        value = parse_yaml(text)
+    except ConfigError as error:
+        raise ConfigError(f"--set {key}: {error}") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"--set {key}: the value is not valid YAML") from error
+        why = getattr(error, "problem", None) or "cannot be read"
+        raise ConfigError(f"--set {key}: the value is not valid YAML: {why}") from error
     node = tree
     for part in parts[:-1]:
         child = node.setdefault(part, {})

@@ -16,6 +16,8 @@ from typing import ParamSpec, TypeVar
 import grpc
 import typer
 
+from pdserve.cluster import early_interrupt
+from pdserve.cluster.early_interrupt import INTERRUPTED
 from pdserve.proto.errors import InvalidRequest, NotFound, Overloaded, PdserveError, StartupError
 
 P = ParamSpec("P")
@@ -23,7 +25,6 @@ R = TypeVar("R")
 
 FAILED = 1
 WRONG_INPUT = 2
-INTERRUPTED = 130
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ def one_line_errors(command: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(command)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
+            early_interrupt.raise_again()
             return command(*args, **kwargs)
         except (typer.Exit, typer.Abort, typer.BadParameter):
             raise

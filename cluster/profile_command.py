@@ -6,6 +6,7 @@ Checks what was asked for, and shows and writes what came of it; measuring is `p
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import gzip
 import math
 import sys
@@ -26,6 +27,7 @@ from pdserve.cluster.planner.public_profiles import convert as convert_public
 from pdserve.cluster.profile_files import read_profile
 from pdserve.cluster.profiling_clusters import MeasuredPair, MeasuredSteps, Say
 from pdserve.cluster.profiling_links import fit_handoffs
+from pdserve.cluster.profiling_prices import PowerDecodeW, PowerIdleW, PowerPrefillW, PricePerGpuHour, Prices
 from pdserve.cluster.profiling_profile import Finding, Identity, Surroundings
 from pdserve.cluster.profiling_run import LoneCost, watch_steps
 from pdserve.cluster.session_groups import warn_of_starved_clients
@@ -53,23 +55,29 @@ def profile(
         str | None, typer.Option(help="Fit to the steps that this running cluster takes meanwhile.")
     ] = None,
     base: Annotated[
-        str | None, typer.Option(help="Profile for what steps do not tell, with --from-cluster: links, overheads.")
+        str | None,
+        typer.Option(help="Profile for what steps do not tell, with --from-cluster: links, overheads, costs."),
     ] = None,
     convert: Annotated[Path | None, typer.Option(help="Public file of step times to take the profile from.")] = None,
+    price_per_gpu_hour: PricePerGpuHour = None,
+    power_idle_w: PowerIdleW = None,
+    power_prefill_w: PowerPrefillW = None,
+    power_decode_w: PowerDecodeW = None,
 ) -> None:
     """Measure what a worker costs and write it as one JSON file for `simulate`, `tune` and `validate`.
 
     Starts clusters of its own on this machine; keep it otherwise idle meanwhile.
     """
+    prices = Prices(price_per_gpu_hour, power_idle_w, power_prefill_w, power_decode_w)
     if output is not None:
         require_writable("--output", output)
     if convert is not None:
-        _write(_converted(convert, name), output)
+        _write(_converted(convert, name), prices, output)
         return
     if not (math.isfinite(budget_s) and budget_s > 0):
         raise ConfigError(f"--budget-s: {budget_s!r} is not a positive number of seconds")
     if from_cluster is not None:
-        _write(_watched(from_cluster, base, budget_s, name, hardware), output)
+        _write(_watched(from_cluster, base, budget_s, name, hardware), prices, output)
         return
     if base is not None:
         raise ConfigError("--base: has a meaning with --from-cluster only; everything is measured here")
@@ -78,7 +86,7 @@ def profile(
     warn_of_starved_clients()
     with Console(stderr=True).status("starting") as spinner:
         found = _measured(settings, _Asked(name, hardware, budget_s, flip_s, seed), spinner.update)
-    _write(found, output)
+    _write(found, prices, output)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,8 +189,11 @@ def _watched(cluster: str, base: str | None, budget_s: float, name: str | None, 
     )
     origin = f"pdserve profile --from-cluster: {len(timings)} steps under its own load; links, overheads: {rest}."
     found = finding.profile_of(identity, timings, around, origin)
-    extra = () if like is not None else ("links and overheads are not known: a split cannot be simulated; give --base",)
-    return Finding(found.profile, found.fit, found.notes, (*found.warnings, *extra))
+    if like is not None:
+        costs = {"power": like.power, "price_per_gpu_hour": like.price_per_gpu_hour}
+        return dataclasses.replace(found, profile=found.profile.model_copy(update=costs))
+    missing = "links and overheads are not known: a split cannot be simulated; give --base"
+    return dataclasses.replace(found, warnings=(*found.warnings, missing))
 
 
 def _converted(path: Path, name: str | None) -> Finding:
@@ -217,8 +228,8 @@ def _read_public(path: Path) -> str:
         raise ConfigError(f"--convert: {path}: cannot be read: {why}") from error
 
 
-def _write(found: Finding, output: Path | None) -> None:
-    text = profiles.dump(found.profile)
+def _write(found: Finding, prices: Prices, output: Path | None) -> None:
+    text = profiles.dump(prices.filled_in(found.profile))
     assert len(text) <= MAX_PROFILE_CHARS
     path = output or Path(f"{found.profile.name.replace('/', '-').replace(' ', '-')}.json")
     write_whole("--output", path, text)

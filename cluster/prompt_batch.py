@@ -19,6 +19,7 @@ from typing import IO, Any, cast
 
 from pdserve.client import AsyncClient, Completion, GenerateOptions
 from pdserve.cluster.errors_seam import error_object
+from pdserve.cluster.unique_keys import unique_keys
 from pdserve.proto.errors import InvalidRequest, PdserveError
 
 MAX_LINE_BYTES = 16 << 20
@@ -49,12 +50,14 @@ def parse_line(line: bytes, common: GenerateOptions) -> tuple[Any, GenerateOptio
     """The prompt and the options of one line; the line's own options win over the common ones.
 
     Raises:
-        InvalidRequest: not JSON, no input or several, or a key that is no option.
+        InvalidRequest: not JSON, a key given twice, no input or several, or a key that is no option.
     """
     try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        entry = json.loads(line, object_pairs_hook=unique_keys)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidRequest("line", f"is not JSON ({error})") from error
+    except ValueError as error:
+        raise InvalidRequest("line", str(error)) from error
     if not isinstance(entry, dict):
         raise InvalidRequest("line", "is not a JSON object")
     given = [key for key in INPUT_KEYS if key in entry]

@@ -21,9 +21,12 @@ from random import Random
 from typing import IO, TypeAlias, cast
 
 from pdserve.cluster.arrivals import Arrival
+from pdserve.cluster.unique_keys import unique_keys
 from pdserve.proto.errors import ConfigError
 
 MAX_LINE_BYTES = 1 << 20
+MAX_BLANK_BYTES = 1 << 20
+"""Of blank lines in a row: a few kilobytes unpack to gigabytes of them, and reading would not end."""
 MAX_GROUP = 100_000
 MAX_TOKENS = 10_000_000
 GZIP_MAGIC = b"\x1f\x8b"
@@ -171,7 +174,7 @@ def _spread_group(group: list[Row], interval_s: float, random: Random | None) ->
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Numbered lines that are not blank, never more than one in memory."""
-    number = 0
+    number = num_blank_bytes = 0
     if path.exists() and not path.is_file():
         raise ConfigError(f"{path}: cannot be read: is no regular file, and a trace is read more than once")
     try:
@@ -184,7 +187,15 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                     raise ConfigError(f"{path}: line {number}: longer than {MAX_LINE_BYTES} bytes")
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
                 if text:
+                    num_blank_bytes = 0
                     yield number, text
+                    continue
+                num_blank_bytes += len(line)
+                if num_blank_bytes > MAX_BLANK_BYTES:
+                    raise ConfigError(
+                        f"{path}: line {number}: more than {MAX_BLANK_BYTES} bytes of blank lines in a row; "
+                        "take them out if this is a trace"
+                    )
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: line {number}: is not UTF-8 text") from error
     except (OSError, EOFError, zlib.error) as error:
@@ -213,7 +224,7 @@ def _column(names: list[str], known: tuple[str, ...]) -> int:
 
 
 def _parse_json(line: str) -> Row:
-    entry = json.loads(line)
+    entry = json.loads(line, object_pairs_hook=unique_keys)
     if not isinstance(entry, dict):
         raise ValueError("is not a JSON object")
     hash_ids = entry.get("hash_ids", [])

@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from pdserve.cluster.arrivals import Arrival
+from pdserve.cluster.config import parse_yaml
 from pdserve.cluster.planner.source import drain
 from pdserve.cluster.planner.workload import parse_workload
 from pdserve.cluster.planner.workload_spec import WorkloadSpec
@@ -73,24 +74,26 @@ def _read(path: Path) -> Mapping[str, Any]:
         why = getattr(error, "strerror", None) or "not UTF-8 text"
         raise ConfigError(f"--workload: {path}: cannot be read: {why}") from error
     try:
-        _check_tokens(text, path)
-        tree = yaml.safe_load(text)
+        _check_tokens(text)
+        tree = parse_yaml(text)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise ConfigError(f"--workload: {path}: not valid YAML: {' '.join(str(error).split())[:200]}") from error
+    except ConfigError as error:
+        raise ConfigError(f"--workload: {path}: {error.message}") from error
     if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
         raise ConfigError(f"--workload: {path}: expected keys and values, with `kind` or `preset` among the keys")
     return tree
 
 
-def _check_tokens(text: str, path: Path) -> None:
+def _check_tokens(text: str) -> None:
     """Before anything is built of them."""
     depth = 0
     for token in yaml.scan(text):
         depth += isinstance(token, OPENING) - isinstance(token, CLOSING)
         if depth > MAX_DEPTH:
-            raise ConfigError(f"--workload: {path}: nested too deeply for a workload")
+            raise ConfigError("nested too deeply for a workload")
         if isinstance(token, yaml.AliasToken):
-            raise ConfigError(f"--workload: {path}: YAML aliases are not allowed; write the part out again")
+            raise ConfigError("YAML aliases are not allowed; write the part out again")
 
 
 def first_ones(spec: WorkloadSpec) -> list[Arrival]:

@@ -7,11 +7,13 @@ Knows the file format only: nothing of how steps are timed or fitted, nor what a
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Literal, Self, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from pdserve.cluster.unique_keys import unique_keys
 from pdserve.proto.errors import ConfigError
 
 MAX_PROFILE_CHARS = 1 << 20
@@ -185,9 +187,14 @@ def load(text: str, name: str) -> Profile:
     if len(text) > MAX_PROFILE_CHARS:
         raise ConfigError(f"{name}: {len(text)} characters are too many for a profile")
     try:
-        return Profile.model_validate_json(text)
+        profile = Profile.model_validate_json(text)
+        # Only a file that makes sense otherwise is read again, for what pydantic does not see.
+        json.loads(text, object_pairs_hook=unique_keys)
     except ValidationError as error:
         raise ConfigError(f"{name}: {_describe(error)}") from error
+    except ValueError as error:
+        raise ConfigError(f"{name}: {error}") from error
+    return profile
 
 
 def dump(profile: Profile) -> str:

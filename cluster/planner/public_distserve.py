@@ -18,6 +18,7 @@ from pdserve.cluster.planner.phase_fit import distinct_shapes, fit_phase
 from pdserve.cluster.planner.profile import Domain, FitError, Range
 from pdserve.cluster.planner.public_facts import Conversion, Kind, StepCosts, assemble
 from pdserve.cluster.planner.step_model import Phase, Region
+from pdserve.cluster.unique_keys import unique_keys
 from pdserve.proto.errors import ConfigError
 
 HARDWARE = "a100-80gb"
@@ -55,9 +56,11 @@ def distserve_profiles(text: str, name: str, engine: str = "DistServe") -> tuple
         ConfigError: naming the file and the key.
     """
     try:
-        tree = json.loads(text)
+        tree = json.loads(text, object_pairs_hook=unique_keys)
     except (json.JSONDecodeError, RecursionError) as error:
         raise ConfigError(f"{name}: is not JSON: {error}") from error
+    except ValueError as error:
+        raise ConfigError(f"{name}: {error}") from error
     conversions = []
     for model, degrees in _mapping(tree, name).items():
         for degree, entry in _mapping(degrees, f"{name}: {model}").items():

@@ -10,14 +10,17 @@ from command_runner import application
 from planner_setups import make_config, make_profile
 from typer.testing import CliRunner, Result
 
-from pdserve.cluster import profile_files
-from pdserve.cluster.planner.profile import dump, load
+from pdserve.cluster import profile_command, profile_files, state
+from pdserve.cluster.planner.profile import Power, Profile, dump, load
 from pdserve.cluster.planner.public_facts import Conversion
 from pdserve.cluster.planner.public_measurements import SPLITWISE_COLUMNS
+from pdserve.cluster.planner.step_shape import StepShape
 from pdserve.cluster.profile_command import choose_conversion, profile
 from pdserve.cluster.profile_files import read_profile, read_profiles, shipped_names
+from pdserve.cluster.profiling_samples import Timing
+from pdserve.cluster.state import ClusterState
 from pdserve.proto.errors import ConfigError
-from pdserve.proto.types import Role
+from pdserve.proto.types import KVLayout, Role, WorkerInfo, WorkerRef
 
 APP = application(profile)
 
@@ -43,8 +46,13 @@ def one_line(done: Result) -> str:
         (["--base", "x.json"], "--base: has a meaning with --from-cluster only"),
         (["--convert", "no-such.csv"], "--convert: no-such.csv: cannot be read"),
         (["--output", "/nowhere/mine.json"], "--output: /nowhere/mine.json: cannot be written"),
+        (["--price-per-gpu-hour", "-1"], "--price-per-gpu-hour: -1.0 is neither 0 nor a positive number"),
+        (["--power-idle-w", "nan"], "--power-idle-w: nan is neither"),
+        (["--power-prefill-w", "inf", "--power-decode-w", "1"], "--power-prefill-w: inf is neither"),
+        (["--power-prefill-w", "60"], "--power-decode-w: is missing; power needs the watts of prefill and of decode"),
+        (["--power-idle-w", "60"], "--power-prefill-w: is missing"),
     ],
-    ids=["budget", "nan", "model", "setting", "cluster", "base", "file", "output"],
+    ids=lambda value: "_".join(value[:3]) if isinstance(value, list) else "",
 )
 def test_wrong_use_is_one_line_and_exit_status_2(
     arguments: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -82,6 +90,58 @@ def test_a_public_file_becomes_a_profile_by_name(tmp_path: Path, name: str) -> N
     assert found.name == wanted
     assert "prefill" in done.stdout
     assert f"wrote {output}" in done.stdout
+
+
+def converted(folder: Path, *arguments: str) -> Profile:
+    """A profile from a public file, of a GPU whose price and watts are known."""
+    public, output = write_public(folder / "table.csv"), folder / "out.json"
+    name = one_line(invoke("--convert", str(public))).partition("one of: ")[2].split(", ")[0]
+    done = invoke("--convert", str(public), "--name", name, "--output", str(output), *arguments)
+    assert done.exit_code == 0, done.output
+    return load(output.read_text(), "out.json")
+
+
+def test_what_is_given_of_price_and_power_is_in_the_file_and_said_to_be_given(tmp_path: Path) -> None:
+    watts = ("--power-idle-w", "80", "--power-prefill-w", "600", "--power-decode-w", "400.5")
+    found = converted(tmp_path, "--price-per-gpu-hour", "2.5", *watts)
+    assert found.price_per_gpu_hour == 2.5
+    assert found.power == Power(idle_w=80, prefill_w=600, decode_w=400.5)
+    assert found.origin.endswith(" Given, not measured: price_per_gpu_hour, power.")
+
+
+def test_idle_watts_may_stay_unknown_and_nothing_given_changes_nothing(tmp_path: Path) -> None:
+    plain = converted(tmp_path)
+    found = converted(tmp_path, "--power-prefill-w", "600", "--power-decode-w", "0")
+    assert found.power == Power(idle_w=None, prefill_w=600, decode_w=0)
+    assert found.price_per_gpu_hour == plain.price_per_gpu_hour
+    assert "Given" not in plain.origin
+
+
+def test_steps_of_a_running_cluster_tell_no_costs_so_that_those_of_the_base_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = [StepShape(tokens, tokens**2 / 2, 0, 0) for tokens in (8, 16, 32, 64, 128, 256)]
+    shapes += [StepShape(0, 0.0, batch, batch * context) for batch in (1, 2, 4, 8, 16) for context in (32, 128)]
+    took_s = {shape: 0.01 + 1e-4 * (shape.num_prefill_tokens + shape.num_decodes) for shape in shapes}
+    timings = [Timing(shape, took_s[shape], took_s[shape], took_s[shape]) for shape in shapes * 4]
+    layout = KVLayout("model", "float32", 1, 1, 8, block_size=16)
+    info = WorkerInfo(WorkerRef("mixed-0", 0, "here"), Role.MIXED, layout, 100, 512, 1000, "host")
+
+    async def steps(cluster: ClusterState, budget_s: float) -> tuple[tuple[WorkerInfo, ...], list[Timing]]:
+        return (info,), timings
+
+    monkeypatch.setattr(profile_command, "watch_steps", steps)
+    monkeypatch.setattr(state, "require", lambda name: ClusterState(name, "", {}, "", "model", 0, 0.0))
+    power = Power(prefill_w=60, decode_w=40)
+    base, output = tmp_path / "base.json", tmp_path / "out.json"
+    base.write_text(dump(make_profile(price_per_gpu_hour=2.0, power=power)))
+    arguments = ("--from-cluster", "prod", "--base", str(base), "--output", str(output))
+    assert invoke(*arguments).exit_code == 0
+    found = load(output.read_text(), "out.json")
+    assert (found.price_per_gpu_hour, found.power) == (2.0, power)
+    assert invoke(*arguments, "--price-per-gpu-hour", "3").exit_code == 0
+    found = load(output.read_text(), "out.json")
+    assert (found.price_per_gpu_hour, found.power) == (3.0, power)
 
 
 def test_an_output_that_cannot_be_written_is_said(tmp_path: Path) -> None:

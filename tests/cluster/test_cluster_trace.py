@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pdserve.cluster.arrivals import Arrival
-from pdserve.cluster.trace import MAX_LINE_BYTES, Trace, TraceOptions, parse_window
+from pdserve.cluster.trace import MAX_BLANK_BYTES, MAX_LINE_BYTES, Trace, TraceOptions, parse_window
 from pdserve.proto.errors import ConfigError
 
 AZURE = (
@@ -202,6 +202,18 @@ def test_a_long_trace_is_never_whole_in_memory(tmp_path: Path) -> None:
         tracemalloc.stop()
     assert count == 20_000
     assert peak_bytes < 512 << 10
+
+
+def test_blank_lines_without_end_are_not_read_to_their_end(tmp_path: Path) -> None:
+    """They are refused before the junk that the file ends with, so that it cannot have been read that far."""
+    blank = gzip.compress(HEAD.encode() + b"\n" * (MAX_BLANK_BYTES + (64 << 10)))
+    with pytest.raises(ConfigError, match=rf"line {MAX_BLANK_BYTES + 3}: more than {MAX_BLANK_BYTES} bytes of blank"):
+        load(tmp_path, blank + b"junk")
+
+
+def test_blank_lines_with_requests_between_them_may_be_many(tmp_path: Path) -> None:
+    gap = b" " * (MAX_BLANK_BYTES // 2 - 1) + b"\n"
+    assert len(load(tmp_path, HEAD.encode() + gap + gap + b"1,1,1\n" + gap + b"2,1,1\n")) == 3
 
 
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
