@@ -27,7 +27,7 @@ from pdserve.engine.config import EngineConfig
 from pdserve.proto.errors import StartupError, Unavailable
 from pdserve.proto.types import KVLayout, Role
 
-LONE_SHARE, MIXED_SHARE, SPLIT_SHARE = 0.1, 0.45, 0.2
+LONE_SHARE, MIXED_SHARE, SPLIT_SHARE = 0.06, 0.5, 0.3
 """Of the budget: lone requests, and steps of both kinds of set-up; the rest is for hand-offs."""
 
 Say = Callable[[str], None]

@@ -7,7 +7,8 @@ nothing of how load is sent, nor of what a fit makes of the steps.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from pdserve.proto.errors import ConfigError
@@ -20,6 +21,7 @@ MIN_MODEL_LEN = 64
 SHORT_TOKENS = 8
 BETWEEN_TOKENS = (64, 256, 1024, 4096, 16_384)
 REPEATS = 4
+FIRST_ROUNDS = 0.25, 0.5, 0.75
 MAX_CROWD = 32
 
 
@@ -59,6 +61,17 @@ def plan_bursts(limits: WorkerLimits) -> tuple[Burst, ...]:
         )
     bursts = [*_prefill_bursts(limits), *_decode_bursts(limits), *_mixed_bursts(limits)]
     return tuple(sorted(bursts, key=_num_tokens))
+
+
+def growing_rounds(bursts: Sequence[Burst]) -> Iterator[Sequence[Burst]]:
+    """Without end: over the first quarter, the first half, three quarters, then again and again over all.
+
+    What is cheap is so measured at several moments, as a machine is not as fast at one as at another.
+    """
+    for share in FIRST_ROUNDS:
+        yield bursts[: math.ceil(share * len(bursts))]
+    while True:
+        yield bursts
 
 
 def _num_tokens(burst: Burst) -> int:

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pdserve.cluster.planner.fit import StepFit, StepSample, fit_steps
+from pdserve.cluster.planner.fit import StepFit, fit_steps
 from pdserve.cluster.planner.profile import LinkCost, Overheads, Profile, describe_fit
 from pdserve.cluster.planner.step_model import StepModel
+from pdserve.cluster.planner.step_sample import StepSample
 from pdserve.cluster.profiling_links import HandoffCost
 from pdserve.cluster.profiling_samples import Timing, bias_of, gap_of, samples_of, undisturbed
 from pdserve.proto.errors import ConfigError
@@ -91,6 +92,7 @@ def profile_of(identity: Identity, timings: Sequence[Timing], around: Surroundin
         max_model_len=identity.max_model_len,
         prefill=fit.prefill,
         decode=fit.decode,
+        decode_bend=fit.decode_bend,
         mixed=fit.mixed,
         domain=fit.domain,
         links=dict(around.links),

@@ -21,7 +21,7 @@ import numpy as np
 from pdserve.client import AsyncClient
 from pdserve.cluster.profiling_links import Handoff
 from pdserve.cluster.profiling_load import Driver, Seen
-from pdserve.cluster.profiling_plan import Burst
+from pdserve.cluster.profiling_plan import Burst, growing_rounds
 from pdserve.cluster.profiling_samples import Timing, timings_of
 from pdserve.cluster.state import ClusterState
 from pdserve.cluster.status_command import take
@@ -85,20 +85,20 @@ class Session:
     async def step_timings(
         self, bursts: Sequence[Burst], budget_s: float, on_burst: Callable[[float], None] = lambda share: None
     ) -> BurstLog:
-        """Rounds of bursts until the budget is over; `on_burst` hears how much of it is."""
+        """Growing rounds of bursts until the budget is over; `on_burst` hears how much of it is."""
         records: list[list[StepRecord]] = [[] for _ in self.infos]
         around_s: list[float] = []
         started_s, num_rounds = time.monotonic(), 0
         await self._reader.read()  # what came before is not of these bursts
         try:
             async with asyncio.timeout(budget_s):
-                while True:
-                    for burst in bursts:
+                for some in growing_rounds(bursts):
+                    for burst in some:
                         prompts = await self._driver.burst(burst)
                         around_s += [known for seen in prompts if (known := seen.around_s()) is not None]
                         await self._collect(records)
                         on_burst((time.monotonic() - started_s) / budget_s)
-                    num_rounds += 1
+                    num_rounds += len(some) == len(bursts)
         except TimeoutError:
             await self._collect(records)
         timings = tuple(timing for of_worker in timings_of(records) for timing in of_worker)

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pdserve.cluster.planner.fit import StepSample
 from pdserve.cluster.planner.step_model import StepModel
-from pdserve.cluster.planner.step_shape import StepShape
+from pdserve.cluster.planner.step_sample import StepSample
+from pdserve.cluster.planner.step_shape import ALONE, Company, StepShape
 from pdserve.cluster.step_records import StepRecord
 
 HELD_UP = 3.0
@@ -34,21 +34,22 @@ CELL = 0.1
 """Relative width within which shapes count as equal."""
 
 
-BUSY_CELL = 0.25
+COMPANY_CELL = 0.25
+"""Of the share of either kind."""
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
     """One step with its bare duration and, where it followed another at once, its period.
 
-    `busy` is the share of that time in which the machine's other workers computed, on average over them.
+    `company` is the share of that time in which the machine's other workers computed, on average over them.
     """
 
     shape: StepShape
     duration_s: float
     cpu_s: float
     period_s: float | None
-    busy: float = 0.0
+    company: Company = ALONE
 
     @property
     def waited(self) -> float:
@@ -88,20 +89,32 @@ class Activity:
         return float(self._before_s[last] + min(at_s - self._starts_s[last], self._lasts_s[last]))
 
 
+class Neighbour:
+    """What one worker computed, as those beside it feel it."""
+
+    def __init__(self, records: Sequence[StepRecord]) -> None:
+        self._prefill = Activity([record for record in records if record.shape.num_prefill_tokens])
+        self._decode = Activity([record for record in records if not record.shape.num_prefill_tokens])
+
+    def company(self, from_s: float, to_s: float) -> Company:
+        """Over the time between the two."""
+        return Company(self._prefill.share(from_s, to_s), self._decode.share(from_s, to_s))
+
+
 def timings_of(workers: Sequence[Sequence[StepRecord]], hosts: Sequence[str] | None = None) -> list[list[Timing]]:
     """Of each worker's records in order of time. Company are the workers of the same host; without `hosts` all are.
 
     Clocks of different machines have nothing to do with each other, and neither have their memories.
     """
     places = [""] * len(workers) if hosts is None else hosts
-    active = [(place, Activity(records)) for place, records in zip(places, workers, strict=True)]
+    active = [(place, Neighbour(records)) for place, records in zip(places, workers, strict=True)]
     return [
         list(_timings(records, [one for at, one in (*active[:number], *active[number + 1 :]) if at == places[number]]))
         for number, records in enumerate(workers)
     ]
 
 
-def _timings(records: Sequence[StepRecord], others: Sequence[Activity]) -> Iterator[Timing]:
+def _timings(records: Sequence[StepRecord], others: Sequence[Neighbour]) -> Iterator[Timing]:
     """A gap in the numbers is a step that was lost; a pause longer than the step was spent waiting for work."""
     before: StepRecord | None = None
     for record in records:
@@ -110,8 +123,9 @@ def _timings(records: Sequence[StepRecord], others: Sequence[Activity]) -> Itera
             pause_s = record.started_s - before.ended_s
             period_s = pause_s + record.duration_s if pause_s <= record.duration_s else None
         from_s = record.started_s if period_s is None else record.ended_s - period_s
-        busy = math.fsum(other.share(from_s, record.ended_s) for other in others) / max(1, len(others))
-        yield Timing(record.shape, record.duration_s, record.cpu_s, period_s, busy)
+        seen = [other.company(from_s, record.ended_s) for other in others]
+        company = Company(*np.mean(seen, axis=0).tolist()) if seen else ALONE
+        yield Timing(record.shape, record.duration_s, record.cpu_s, period_s, company)
         before = record
 
 
@@ -120,7 +134,8 @@ def samples_of(timings: Iterable[Timing], with_disturbed: bool = False) -> tuple
     known = list(timings)
     cells: dict[tuple[int, ...], list[Timing]] = defaultdict(list)
     for timing in known if with_disturbed else undisturbed(known):
-        cells[(*_cell(timing.shape), round(timing.busy / BUSY_CELL))].append(timing)
+        company = (round(share / COMPANY_CELL) for share in timing.company)
+        cells[(*_cell(timing.shape), *company)].append(timing)
     held_up = math.inf if with_disturbed else HELD_UP
     return tuple(_merged(cells[cell], held_up) for cell in sorted(cells))
 
@@ -151,7 +166,7 @@ def gap_of(timings: Iterable[Timing]) -> Gap | None:
 def bias_of(model: StepModel, samples: Sequence[StepSample]) -> float:
     """How far the sum of all predictions is off the sum of all times, as a share: what does not even out."""
     measured_s = math.fsum(sample.duration_s for sample in samples)
-    told_s = math.fsum(model.contended_s(sample.shape, sample.busy) for sample in samples)
+    told_s = math.fsum(model.contended_s(sample.shape, sample.company) for sample in samples)
     return told_s / measured_s - 1.0 if measured_s else 0.0
 
 
@@ -169,5 +184,6 @@ def _merged(timings: Sequence[Timing], held_up: float) -> StepSample:
     kept = [one for one in timings if one.cost_s <= held_up * usual_s]
     tokens, pairs, batch, context_tokens = np.mean([one.shape for one in kept], axis=0)
     shape = StepShape(round(tokens), float(pairs), round(batch), round(context_tokens))
-    costs_s, busy = (float(np.mean(values)) for values in zip(*((one.cost_s, one.busy) for one in kept), strict=True))
-    return StepSample(shape, costs_s, busy, len(kept))
+    cost_s = float(np.mean([one.cost_s for one in kept]))
+    company = Company(*np.mean([one.company for one in kept], axis=0).tolist())
+    return StepSample(shape, cost_s, company, len(kept))

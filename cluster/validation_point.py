@@ -13,11 +13,12 @@ from dataclasses import dataclass, replace
 from pdserve.cluster.arrivals import Arrival
 from pdserve.cluster.config import ClusterConfig
 from pdserve.cluster.load_report import LoadReport, summarize
-from pdserve.cluster.planner.fit import StepSample, fit_steps
+from pdserve.cluster.planner.fit import fit_steps
 from pdserve.cluster.planner.profile import Profile
 from pdserve.cluster.planner.simulation import Outcome, simulate
 from pdserve.cluster.planner.source import OpenLoop
 from pdserve.cluster.planner.step_model import StepModel
+from pdserve.cluster.planner.step_sample import StepSample
 from pdserve.cluster.profiling_samples import Timing, samples_of
 from pdserve.cluster.simulation_report import report_of
 from pdserve.cluster.state import ClusterState
@@ -80,7 +81,7 @@ def step_error(used: Mapping[Role, Profile], timings: Mapping[Role, Sequence[Tim
     measured_s = math.fsum(one.cost_s for of_role in timings.values() for one in of_role)
     models = {role: StepModel(used[role]) for role in timings}
     told_s = math.fsum(
-        models[role].contended_s(one.shape, one.busy) for role, of_role in timings.items() for one in of_role
+        models[role].contended_s(one.shape, one.company) for role, of_role in timings.items() for one in of_role
     )
     return told_s / measured_s - 1.0 if measured_s else 0.0
 
@@ -90,7 +91,9 @@ def adapted(profile: Profile, samples: Sequence[StepSample]) -> Profile:
     changes: dict[str, object] = {"overheads": profile.overheads.model_copy(update={"tokenize_s_per_token": 0.0})}
     if samples:
         fit = fit_steps(samples)
-        changes |= {name: getattr(fit, name) for name in ("prefill", "decode", "mixed", "contention", "domain")}
+        changes |= {
+            name: getattr(fit, name) for name in ("prefill", "decode", "decode_bend", "mixed", "contention", "domain")
+        }
     return profile.model_copy(update=changes)
 
 

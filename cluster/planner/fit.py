@@ -14,23 +14,19 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pdserve.cluster.planner.contention_fit import as_if_alone, fit_contention
+from pdserve.cluster.planner.mixed_fit import MixedFit, fit_mixed
+from pdserve.cluster.planner.nnls import Floats
 from pdserve.cluster.planner.phase_fit import (
-    NUM_FOLDS,
-    REWEIGHTINGS,
     FittedRegion,
-    Flags,
-    Floats,
     Shapes,
     distinct_shapes,
     fit_phase,
-    huber_weights,
-    mean_residual,
-    nnls,
     varies_apart,
-    weights_of,
 )
 from pdserve.cluster.planner.profile import (
     Contention,
+    ContextBend,
     DecodeRegion,
     Domain,
     FitError,
@@ -39,32 +35,19 @@ from pdserve.cluster.planner.profile import (
     Range,
     region_bounds,
 )
-from pdserve.cluster.planner.step_model import Phase, Region, decode_phase, mixing, prefill_phase
-from pdserve.cluster.planner.step_shape import StepShape
+from pdserve.cluster.planner.step_model import STRAIGHT, LoadBend, Phase, Region, decode_phase, mixing, prefill_phase
+from pdserve.cluster.planner.step_sample import StepSample
 from pdserve.proto.errors import ConfigError
 
 MIN_SHAPES = 5
 """Distinct shapes below which a region is called thin."""
 
-
 CONTENTION_ROUNDS = 3
-MIN_BUSY_SPREAD = 0.1
-"""Standard deviation of the share of company below which nothing can be said of what it costs."""
+MIN_PROMPTS = 20
+"""Prompts computed alone below which mixed steps tell of prefill as well."""
 
-MAX_CONTENTION = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class StepSample:
-    """Timed steps of like shape: their mean, and how many they are.
-
-    `busy` is the share of that time in which the machine's other workers computed.
-    """
-
-    shape: StepShape
-    duration_s: float
-    busy: float = 0.0
-    num_steps: int = 1
+MIN_REST = 0.1
+"""Share of a mixed step that its prompts must have taken to tell anything of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +56,7 @@ class StepFit:
 
     prefill: tuple[PrefillRegion, ...]
     decode: tuple[DecodeRegion, ...]
+    decode_bend: ContextBend | None
     mixed: MixedSteps
     contention: Contention | None
     domain: Domain
@@ -86,59 +70,48 @@ def fit_steps(samples: Sequence[StepSample]) -> StepFit:
     others is their price, and again.
 
     Raises:
-        ConfigError: a sample is no timed step, or one phase has no step of its own.
+        ConfigError: a sample is no timed step, or one phase has too few to be fitted.
     """
     _check(samples)
     fit = _fit_alone(samples)
     for _ in range(CONTENTION_ROUNDS):
-        contention = _fit_contention(samples, fit)
+        contention = _contention(samples, fit)
         if contention is None:
             break
-        fit = replace(_fit_alone([_alone_sample(sample, contention) for sample in samples]), contention=contention)
+        fit = replace(_fit_alone([as_if_alone(sample, contention) for sample in samples]), contention=contention)
     return fit
 
 
-def _alone_sample(sample: StepSample, contention: Contention) -> StepSample:
-    slower = contention.prefill if sample.shape.num_prefill_tokens else contention.decode
-    return replace(sample, duration_s=sample.duration_s / (1.0 + slower * sample.busy))
-
-
-def _fit_contention(samples: Sequence[StepSample], fit: StepFit) -> Contention | None:
-    """`None` where steps with and without company were not both seen."""
-    prefill, decode = prefill_phase(fit.prefill), decode_phase(fit.decode)
-    pure = [sample for sample in samples if not (sample.shape.num_prefill_tokens and sample.shape.num_decodes)]
-    seen: dict[bool, list[tuple[float, float, float]]] = {True: [], False: []}
-    for sample in pure:
+def _contention(samples: Sequence[StepSample], fit: StepFit) -> Contention | None:
+    """Of mixed steps only where there are hardly any others: they are the ones that the model knows least."""
+    prefill, decode = prefill_phase(fit.prefill), decode_phase(fit.decode, fit.decode_bend)
+    mixer, mixed, takes_mixed = mixing(prefill, decode), fit.mixed, _needs_mixed(samples)
+    used, alone_s = [], []
+    for sample in samples:
+        if sample.is_mixed and not takes_mixed:
+            continue
         tokens, pairs, batch, context_tokens = sample.shape
-        alone_s = prefill.seconds(tokens, pairs) if tokens else decode.seconds(batch, context_tokens)
-        seen[bool(tokens)].append((sample.busy, sample.duration_s / alone_s, sample.num_steps))
-    slower = {is_prefill: _slope(points) for is_prefill, points in seen.items()}
-    if slower[True] is None and slower[False] is None:
-        return None
-    return Contention(prefill=slower[True] or 0.0, decode=slower[False] or 0.0)
-
-
-def _slope(points: Sequence[tuple[float, float, float]]) -> float | None:
-    """Of a line through ratios over busy shares, by its value at 0; `None` where the shares are all alike."""
-    if len(points) < MIN_SHAPES:
-        return None
-    busy, ratios, counts = np.array(points, dtype=np.float64).T
-    if float(np.std(busy)) < MIN_BUSY_SPREAD:
-        return None
-    slope, alone = np.polyfit(busy, np.clip(ratios, 0.5, 2.0), 1, w=np.sqrt(weights_of(counts)))
-    return min(MAX_CONTENTION, max(0.0, float(slope / alone))) if alone > 0 else None
+        prefill_s = prefill.seconds(tokens, pairs) if tokens else 0.0
+        decode_s = decode.seconds(batch, context_tokens) if batch else 0.0
+        larger_s, smaller_s = mixer.parts(prefill_s, decode_s)
+        both_s = larger_s + (1.0 - mixed.overlap) * smaller_s + mixed.extra_s
+        used.append(sample)
+        alone_s.append(both_s if sample.is_mixed else prefill_s + decode_s)
+    return fit_contention(used, alone_s)
 
 
 def _fit_alone(samples: Sequence[StepSample]) -> StepFit:
     """As if no sample had company."""
-    times = [(sample.shape, sample.duration_s, sample.num_steps) for sample in samples]
-    prefill = _alone("prefill", ((s[0], s[1], seconds, count) for s, seconds, count in times if not s.num_decodes))
-    decode = _alone("decode", ((s[2], s[3], seconds, count) for s, seconds, count in times if not s[0]))
-    prefill_parts, decode_parts = fit_phase(prefill), fit_phase(decode)
-    mixed = _fit_mixed(samples, _phase(prefill_parts), _phase(decode_parts))
-    thin = [*_thin("prefill", "tokens", prefill_parts), *_thin("decode", "sequences", decode_parts)]
-    if not mixed.num_samples:
+    decode = _shapes("decode", [_Point(s.shape[2], s.shape[3], s) for s in samples if not s.shape.num_prefill_tokens])
+    decodes = fit_phase(decode, may_bend_load=True)
+    prefill = _shapes("prefill", _prompts(samples, decodes.model()))
+    prefills = fit_phase(prefill)
+    thin = [*_thin("prefill", "tokens", prefills.parts), *_thin("decode", "sequences", decodes.parts)]
+    mixed = [sample for sample in samples if sample.is_mixed]
+    if not mixed:
         thin.append("mixed steps: none timed; the sum of both phases is assumed")
+    elif _needs_mixed(samples):
+        thin.append("prefill: hardly any step without decodes; taken from mixed ones, less what the decodes take")
     domain = Domain(
         chunk_tokens=_range(prefill.units),
         context_tokens=_range(prefill.loads / prefill.units),
@@ -146,13 +119,33 @@ def _fit_alone(samples: Sequence[StepSample]) -> StepFit:
         decode_context_tokens=_range(decode.loads),
     )
     return StepFit(
-        tuple(prefill_region(part.region, _part_error(part)) for part in prefill_parts),
-        tuple(decode_region(part.region, _part_error(part)) for part in decode_parts),
-        mixed,
+        tuple(prefill_region(part.region, _part_error(part)) for part in prefills.parts),
+        tuple(decode_region(part.region, _part_error(part)) for part in decodes.parts),
+        _context_bend(decodes.bend),
+        _mixed_steps(fit_mixed(mixed, prefills.model(), decodes.model())) if mixed else MixedSteps(),
         None,
         domain,
         tuple(thin),
     )
+
+
+def _needs_mixed(samples: Sequence[StepSample]) -> bool:
+    """Whether prompts were hardly ever computed without decodes beside them, as in a busy colocated worker."""
+    num_prompts = sum(not sample.shape.num_decodes for sample in samples)
+    return num_prompts < MIN_PROMPTS and any(sample.is_mixed for sample in samples)
+
+
+def _prompts(samples: Sequence[StepSample], decode: Phase) -> list[_Point]:
+    """Prompts alone; where there are hardly any also mixed steps, less what their decodes add to the fixed part."""
+    points = [_Point(*s.shape[:2], s) for s in samples if not s.shape.num_decodes]
+    if not _needs_mixed(samples):
+        return points
+    for sample in samples:
+        if sample.is_mixed:
+            rest_s = sample.duration_s - (decode.seconds(*sample.shape[2:]) - decode.fixed_s)
+            if rest_s > MIN_REST * sample.duration_s:
+                points.append(_Point(*sample.shape[:2], replace(sample, duration_s=rest_s)))
+    return points
 
 
 def _check(samples: Sequence[StepSample]) -> None:
@@ -164,78 +157,26 @@ def _check(samples: Sequence[StepSample]) -> None:
             raise ConfigError(f"samples.{number}: {tuple(shape)} is no shape of a step")
 
 
-def _alone(phase: str, points: Iterator[tuple[float, float, float, int]]) -> Shapes:
-    shapes = distinct_shapes(points)
-    if not len(shapes):
+class _Point(NamedTuple):
+    """A timed step by what its phase's duration depends on."""
+
+    units: int
+    load: float
+    sample: StepSample
+
+
+def _shapes(phase: str, points: Sequence[_Point]) -> Shapes:
+    if not points:
         raise ConfigError(f"samples: none is a {phase} step alone; time some steps without the other phase")
-    return shapes
+    return distinct_shapes(
+        (point.units, point.load, point.sample.duration_s, point.sample.num_steps) for point in points
+    )
 
 
-def _phase(parts: Sequence[FittedRegion]) -> Phase:
-    return Phase(part.region for part in parts)
-
-
-@dataclass(frozen=True, slots=True)
-class _Parts:
-    """Mixed steps: seconds of the larger phase, what the smaller one adds at most, what was measured; how many."""
-
-    larger: Floats
-    smaller: Floats
-    measured: Floats
-    counts: Floats
-
-    def take(self, chosen: Flags) -> _Parts:
-        return _Parts(self.larger[chosen], self.smaller[chosen], self.measured[chosen], self.counts[chosen])
-
-    def ratios(self, mix: _Mix) -> Floats:
-        """Of predicted to measured."""
-        predicted: Floats = (self.larger + mix.exposed * self.smaller + mix.extra_s) / self.measured
-        return predicted
-
-
-class _Mix(NamedTuple):
-    """`exposed` of the smaller part adds to the larger one, and `extra_s` on top."""
-
-    exposed: float
-    extra_s: float
-
-
-def _fit_mixed(samples: Sequence[StepSample], prefill: Phase, decode: Phase) -> MixedSteps:
-    """Where no mixed step was timed, both parts add up and no more."""
-    mixed = [s for s in samples if s.shape.num_prefill_tokens and s.shape.num_decodes]
-    if not mixed:
-        return MixedSteps()
-    mixer = mixing(prefill, decode)
-    rows = [
-        (*mixer.parts(prefill.seconds(*s.shape[:2]), decode.seconds(*s.shape[2:])), s.duration_s, s.num_steps)
-        for s in mixed
-    ]
-    parts = _Parts(*np.array(rows).T)
-    errors = np.full(len(rows), math.nan)
-    folds = np.arange(len(rows)) % NUM_FOLDS
-    for fold in range(min(NUM_FOLDS, len(rows)) if len(rows) > 1 else 0):
-        held = folds == fold
-        errors[held] = np.abs(parts.take(held).ratios(_mix(parts.take(~held))) - 1.0)
-    mix = _mix(parts)
-    return MixedSteps(overlap=1.0 - mix.exposed, extra_s=mix.extra_s, **_fit_error(errors, len(rows)).model_dump())
-
-
-def _mix(parts: _Parts) -> _Mix:
-    """Both coefficients at least 0 and `exposed` at most 1, reweighted and raised to the mean as a phase is."""
-    shares = np.column_stack([parts.smaller, np.ones_like(parts.smaller)]) / parts.measured[:, None]
-    rest = 1.0 - parts.larger / parts.measured
-    counts = weights_of(parts.counts)
-    weights, mix = np.ones(rest.size), _Mix(1.0, 0.0)
-    for _ in range(REWEIGHTINGS):
-        roots = np.sqrt(weights * counts)
-        exposed, extra_s = (float(value) for value in nnls(shares * roots[:, None], rest * roots))
-        if exposed > 1.0:
-            extra = roots * shares[:, 1]
-            exposed, extra_s = 1.0, max(0.0, float(extra @ (roots * (rest - shares[:, 0])) / (extra @ extra)))
-        mix = _Mix(exposed, extra_s)
-        weights = huber_weights(np.abs(parts.ratios(mix) - 1.0))
-    missing_s = mean_residual(1.0 / parts.ratios(mix), counts) / float(np.average(shares[:, 1], weights=counts))
-    return _Mix(mix.exposed, max(0.0, mix.extra_s + missing_s))
+def _mixed_steps(found: MixedFit) -> MixedSteps:
+    """As a profile writes it."""
+    error = _fit_error(found.errors, found.errors.size)
+    return MixedSteps(overlap=found.overlap, extra_s=found.extra_s, **error.model_dump())
 
 
 def _thin(phase: str, unit: str, parts: Sequence[FittedRegion]) -> Iterator[str]:
@@ -270,6 +211,13 @@ def decode_region(region: Region, error: FitError) -> DecodeRegion:
         per_context_token_s=region.per_load_s,
         **error.model_dump(),
     )
+
+
+def _context_bend(bend: LoadBend) -> ContextBend | None:
+    """As a profile writes it."""
+    if bend == STRAIGHT:
+        return None
+    return ContextBend(above_context_tokens=bend.above, extra_s_per_token=bend.extra_s)
 
 
 def _upto(region: Region) -> int | None:

@@ -3,14 +3,15 @@
 Both phases are the same problem: seconds as `fixed + per_unit * units + per_load * load`, no coefficient negative, the
 slopes changing at a few numbers of units, and never a fall. The columns are made so that every such function is a sum
 of them with weights of at least 0: units up to, between and beyond the bounds of regions (the line bends but does not
-jump), and load from a bound on (its price may only rise). So one non-negative least-squares problem fits all regions.
+jump), load from a bound on (its price may only rise), and load beyond a bend of its own. So one non-negative
+least-squares problem fits all regions.
 A shape counts as often as it was timed, up to `MAX_COUNT` times.
 
 Residuals are relative to what was measured. Against outliers: repeats of a shape become their median, then residuals
 beyond `HUBER_SCALES` times the typical one lose weight in proportion, over a few rounds. Both draw the fit below the
 mean, as disturbances only add to a step; the whole is then raised until its residuals sum to nothing, because answers
-are sums of steps. A region is split only where
-that takes a fifth off the mean error. Held-out errors come from folds for which the bounds were chosen anew.
+are sums of steps. A region is split, or the load bent, only where that takes enough off the mean error, and surely.
+Held-out errors come from folds for which the bounds were chosen anew.
 
 Knows nothing of phases, profiles or where samples come from. An outlier that was never repeated, in a corner with few
 shapes, can win.
@@ -25,9 +26,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
-from pdserve.cluster.planner.step_model import Region
+from pdserve.cluster.planner.nnls import Flags, Floats, nnls
+from pdserve.cluster.planner.step_model import STRAIGHT, LoadBend, Phase, Region
 
 MAX_FITTED_REGIONS = 4
 MAX_COUNT = 64
@@ -46,16 +47,17 @@ REWEIGHTINGS = 8
 MIN_SCALE = 1e-3
 """Relative residuals below this are not told apart: they are the clock's noise."""
 
-SPLIT_GAIN = 0.2
-SPLIT_GAIN_ABSOLUTE = 0.003
+SPLIT_GAIN, SPLIT_GAIN_ABSOLUTE = 0.05, 0.003
+"""The part of the mean error that a split has to take off at least, and how much that has to be."""
+
+SPLIT_SIGMAS = 4.0
+"""Standard errors by which it has to: the best of many tried ones is often better by chance."""
+
 LARGEST_RESIDUAL = 0.5
 """What one shape counts at most when splits are compared; beyond it no step counts towards the mean."""
 
 MIN_SPREAD = 1.5
 """Largest by smallest load a unit, below which load and units were not varied apart."""
-
-Floats = NDArray[np.float64]
-Flags = NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +86,26 @@ class FittedRegion:
 
 
 @dataclass(frozen=True, slots=True)
+class FittedPhase:
+    """Regions that cover every number of units, and how the price of the load bends over all of them."""
+
+    parts: tuple[FittedRegion, ...]
+    bend: LoadBend
+
+    def model(self) -> Phase:
+        return Phase((part.region for part in self.parts), self.bend)
+
+
+@dataclass(frozen=True, slots=True)
 class _Bends:
-    """Numbers of units beyond which the price of a unit changes, and beyond which that of the load rises."""
+    """Numbers of units beyond which the price of a unit changes, and beyond which that of the load rises.
+
+    Beyond a load of `far` it rises whatever the number of units.
+    """
 
     units: tuple[int, ...] = ()
     loads: tuple[int, ...] = ()
+    far: float = math.inf
 
     @property
     def bounds(self) -> tuple[int, ...]:
@@ -107,18 +124,19 @@ def distinct_shapes(points: Iterable[tuple[float, float, float, int]]) -> Shapes
     return Shapes(*np.array(rows, dtype=np.float64).reshape(-1, 4).T)
 
 
-def fit_phase(shapes: Shapes) -> list[FittedRegion]:
-    """At least one region; together they cover every number of units."""
-    bends = _choose_bends(shapes)
+def fit_phase(shapes: Shapes, may_bend_load: bool = False) -> FittedPhase:
+    """At least one region."""
+    bends = _choose_bends(shapes, may_bend_load)
     weights = _solve(shapes, bends)
-    errors = _held_out_errors(shapes, _design(shapes, bends) @ weights)
+    errors = _held_out_errors(shapes, _design(shapes, bends) @ weights, may_bend_load)
     fitted = []
     above = 0.0
     for region in _regions(weights, bends):
         inside = (shapes.units > above) & (shapes.units <= region.upto)
         fitted.append(FittedRegion(region, shapes.take(inside), errors[inside]))
         above = region.upto
-    return fitted
+    bend = STRAIGHT if bends.far == math.inf else LoadBend(bends.far, float(weights[-1]))
+    return FittedPhase(tuple(fitted), bend)
 
 
 def varies_apart(shapes: Shapes) -> bool:
@@ -149,48 +167,15 @@ def huber_weights(residuals: Floats) -> Floats:
     return weights
 
 
-def nnls(matrix: Floats, target: Floats) -> Floats:
-    """The x >= 0 with the least |matrix x - target|: the active-set method of Lawson and Hanson (1974)."""
-    scale = np.linalg.norm(matrix, axis=0)
-    scale[scale == 0.0] = 1.0
-    scaled = matrix / scale
-    gram, moment = scaled.T @ scaled, scaled.T @ target
-    unbounded = _solve_on(gram, moment, np.ones(moment.size, dtype=bool))
-    if unbounded.min() >= 0.0:
-        return np.asarray(unbounded / scale)
-    tolerance = 1e-12 * max(1.0, float(np.abs(moment).max()))
-    x, passive = np.zeros(moment.size), np.zeros(moment.size, dtype=bool)
-    for _ in range(3 * moment.size):
-        gradient = np.where(passive, -math.inf, moment - gram @ x)
-        entering = int(np.argmax(gradient))
-        if gradient[entering] <= tolerance:
-            break
-        passive[entering] = True
-        trial = _solve_on(gram, moment, passive)
-        while passive.any() and trial[passive].min() <= 0.0:
-            blocked = passive & (trial <= 0.0)
-            x += float(np.min(x[blocked] / (x[blocked] - trial[blocked]))) * (trial - x)
-            passive &= x > 1e-14
-            x[~passive] = 0.0
-            trial = _solve_on(gram, moment, passive)
-        x = trial
-    result: Floats = x / scale
-    return result
-
-
-def _solve_on(gram: Floats, moment: Floats, passive: Flags) -> Floats:
-    trial = np.zeros(moment.size)
-    trial[passive] = np.linalg.lstsq(gram[np.ix_(passive, passive)], moment[passive], rcond=1e-12)[0]
-    return trial
-
-
 def _design(shapes: Shapes, bends: _Bends) -> Floats:
-    """One column for the fixed part, one for each price of a unit, one for each rise of the price of the load."""
+    """One column for the fixed part, one for each price of a unit, one for each rise of the price of the load; the last
+    for what is far, if anything is."""
     units = shapes.units
     edges = itertools.pairwise((0.0, *bends.units, math.inf))
     between = [np.minimum(units, upper) - np.minimum(units, lower) for lower, upper in edges]
     beyond = [np.where(units > bound, shapes.loads, 0.0) for bound in (0, *bends.loads)]
-    return np.column_stack([np.ones_like(units), *between, *beyond])
+    far = [np.maximum(shapes.loads - bends.far, 0.0)] if bends.far < math.inf else []
+    return np.column_stack([np.ones_like(units), *between, *beyond, *far])
 
 
 def _solve(shapes: Shapes, bends: _Bends) -> Floats:
@@ -214,26 +199,46 @@ def _errors(shapes: Shapes, bends: _Bends, weights: Floats) -> Floats:
     return errors
 
 
-def _choose_bends(shapes: Shapes) -> _Bends:
+def _choose_bends(shapes: Shapes, may_bend_load: bool) -> _Bends:
     """Split where it pays most, until it does not."""
     stride = -(-len(shapes) // MAX_CHOICE_SHAPES)
     shapes = shapes.take(np.arange(len(shapes)) % stride == 0)
     bends = _Bends()
-    error = _mean_error(shapes, bends)
+    errors = _capped_errors(shapes, bends)
     while True:
         trials = [trial for trial in _splits(shapes, bends) if len(trial.bounds) < MAX_FITTED_REGIONS]
-        errors = [_mean_error(shapes, trial) for trial in trials]
-        best = min(errors, default=error)
-        if best > (1.0 - SPLIT_GAIN) * error or error - best < SPLIT_GAIN_ABSOLUTE:
+        if may_bend_load and bends.far == math.inf:
+            trials += [replace(bends, far=bound) for bound in _inner(shapes.loads)]
+        if not trials:
             return bends
-        bends, error = trials[errors.index(best)], best
+        found = [_capped_errors(shapes, trial) for trial in trials]
+        best = int(np.argmin([np.average(one, weights=weights_of(shapes.counts)) for one in found]))
+        if not _is_worth_it(errors, found[best], weights_of(shapes.counts)):
+            return bends
+        bends, errors = trials[best], found[best]
+
+
+def _is_worth_it(before: Floats, after: Floats, weights: Floats) -> bool:
+    """Whether errors fell by enough, and by more than chance would have it."""
+    gains = before - after
+    gain = float(np.average(gains, weights=weights))
+    spread = math.sqrt(float(np.average((gains - gain) ** 2, weights=weights)))
+    doubt = spread * math.sqrt(float((weights**2).sum())) / float(weights.sum())
+    is_enough = gain >= max(SPLIT_GAIN * float(np.average(before, weights=weights)), SPLIT_GAIN_ABSOLUTE)
+    return is_enough and gain > SPLIT_SIGMAS * doubt
+
+
+def _inner(values: Floats) -> list[float]:
+    """Some of them, spread over their range, the ends left out."""
+    distinct = np.unique(values)
+    places = np.unique(np.linspace(0, distinct.size - 1, MAX_CANDIDATES + 2).round().astype(int))[1:-1]
+    return [float(distinct[place]) for place in places]
 
 
 def _splits(shapes: Shapes, bends: _Bends) -> Iterator[_Bends]:
     """The bends with one more, where enough was measured on both sides of it."""
     values = np.unique(shapes.units)
-    places = np.unique(np.linspace(0, values.size - 1, MAX_CANDIDATES + 2).round().astype(int))[1:-1]
-    for bound in (int(values[place]) for place in places):
+    for bound in (int(value) for value in _inner(shapes.units)):
         more = tuple(sorted({*bends.units, bound}))
         edges = itertools.pairwise((0, *more, math.inf))
         if more != bends.units and all(((values > low) & (values <= high)).sum() >= 2 for low, high in edges):
@@ -243,11 +248,12 @@ def _splits(shapes: Shapes, bends: _Bends) -> Iterator[_Bends]:
             yield replace(bends, loads=tuple(sorted({*bends.loads, bound})))
 
 
-def _mean_error(shapes: Shapes, bends: _Bends) -> float:
-    return float(np.minimum(_errors(shapes, bends, _solve(shapes, bends)), LARGEST_RESIDUAL).mean())
+def _capped_errors(shapes: Shapes, bends: _Bends) -> Floats:
+    errors: Floats = np.minimum(_errors(shapes, bends, _solve(shapes, bends)), LARGEST_RESIDUAL)
+    return errors
 
 
-def _held_out_errors(shapes: Shapes, fitted: Floats) -> Floats:
+def _held_out_errors(shapes: Shapes, fitted: Floats, may_bend_load: bool) -> Floats:
     """Relative error at each shape of a fit without it; not a number where too few shapes would be left.
 
     The ends of what was measured are in every fit, because beyond them nobody relies on a model unwarned; at them the
@@ -263,7 +269,7 @@ def _held_out_errors(shapes: Shapes, fitted: Floats) -> Floats:
     folds = np.where(inner, np.cumsum(inner) % num_folds, -1)
     for fold in range(num_folds):
         rest, held = shapes.take(folds != fold), shapes.take(folds == fold)
-        bends = _choose_bends(rest)
+        bends = _choose_bends(rest, may_bend_load)
         errors[folds == fold] = _errors(held, bends, _solve(rest, bends))
     return errors
 
@@ -282,7 +288,7 @@ def _regions(weights: Sequence[float] | Floats, bends: _Bends) -> list[Region]:
     """The sum of columns as one line for each region. Lines meet at the bounds, or the later one lies above."""
     fixed, *others = (float(weight) for weight in weights)
     unit_prices = dict(zip((0, *bends.units), others, strict=False))
-    load_rises = dict(zip((0, *bends.loads), others[len(unit_prices) :], strict=True))
+    load_rises = dict(zip((0, *bends.loads), others[len(unit_prices) :], strict=False))
     # A step that takes no time at all would let a run of steps go on for ever.
     fixed_s, per_unit_s, per_load_s = max(fixed, 1e-9), 0.0, 0.0
     regions = []

@@ -66,6 +66,13 @@ class DecodeRegion(FitError):
     per_context_token_s: Seconds
 
 
+class ContextBend(Section):
+    """Beyond so many tokens of context in a decode step each takes this much longer: no cache holds their KV."""
+
+    above_context_tokens: float = Field(ge=0)
+    extra_s_per_token: Seconds
+
+
 class MixedSteps(FitError):
     """How much of the smaller part of a mixed step hides behind the larger: 0 adds them, 1 hides it all.
 
@@ -119,14 +126,21 @@ class Overheads(Section):
     token_s: Seconds = 0.0
 
 
-class Contention(Section):
-    """By which share a step takes longer while all other workers of its machine compute: they share its memory.
+class Slowdown(Section):
+    """By which share a step takes longer while all other workers of its machine compute steps of a kind.
 
-    Steps with prefill tokens in them have the price of prefill.
+    Of prompts, maybe with decodes in them, or of decodes alone: those wait for memory, and leave less of it.
     """
 
-    prefill: float = Field(ge=0)
-    decode: float = Field(ge=0)
+    beside_prefill: float = Field(ge=0)
+    beside_decode: float = Field(ge=0)
+
+
+class Contention(Section):
+    """What workers of one machine cost each other: a step with prefill tokens in it, and one that only decodes."""
+
+    prefill: Slowdown
+    decode: Slowdown
 
 
 class Power(Section):
@@ -156,6 +170,7 @@ class Profile(Section):
     max_model_len: int = Field(ge=2)
     prefill: tuple[PrefillRegion, ...] = Field(min_length=1, max_length=MAX_REGIONS)
     decode: tuple[DecodeRegion, ...] = Field(min_length=1, max_length=MAX_REGIONS)
+    decode_bend: ContextBend | None = None
     mixed: MixedSteps = MixedSteps()
     domain: Domain
     links: dict[str, LinkCost]
@@ -208,12 +223,22 @@ def describe_fit(profile: Profile) -> tuple[str, ...]:
         *_region_lines("prefill", "tokens", ((region.upto_tokens, region) for region in profile.prefill)),
         *_region_lines("decode", "sequences", ((region.upto_batch, region) for region in profile.decode)),
     ]
+    if (bend := profile.decode_bend) is not None:
+        lines.append(
+            f"decode, beyond {bend.above_context_tokens:,.0f} tokens of context in a step: "
+            f"{bend.extra_s_per_token * 1e6:.3g} us more for each"
+        )
     if profile.mixed.num_samples:
         lines.append(f"mixed, overlap {profile.mixed.overlap:.2f}: {_error_words(profile.mixed)}")
     slower = profile.contention
     if slower is not None:
-        lines.append(f"beside busy workers: prefill {slower.prefill:+.0%}, decode {slower.decode:+.0%}")
+        lines += [_describe_slowdown("prefill", slower.prefill), _describe_slowdown("decode", slower.decode)]
     return tuple(lines)
+
+
+def _describe_slowdown(steps: str, slower: Slowdown) -> str:
+    beside = f"that prefill {slower.beside_prefill:+.0%}, that decode {slower.beside_decode:+.0%}"
+    return f"{steps} steps beside workers {beside}"
 
 
 def region_bounds(above: int, upto: int | None) -> str:

@@ -113,7 +113,7 @@ def _monotone(
     kept = "kept"
     if any(min(region[1:]) < 0 for region in regions):
         shapes = distinct_shapes((units, load, published.seconds(units, load), 1) for units, load in grid)
-        regions = tuple(part.region for part in fit_phase(shapes))
+        regions = tuple(part.region for part in fit_phase(shapes).parts)
         kept = "refitted, one being negative"
     model = Phase(regions)
     worst = max(abs(model.seconds(int(units), load) / published.seconds(units, load) - 1.0) for units, load in grid)

@@ -17,9 +17,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from pdserve.cluster.planner.fit import StepFit, StepSample, fit_steps
+from pdserve.cluster.planner.fit import StepFit, fit_steps
 from pdserve.cluster.planner.profile import Overheads, Power, describe_fit
 from pdserve.cluster.planner.public_facts import Conversion, Kind, StepCosts, assemble
+from pdserve.cluster.planner.step_sample import StepSample
 from pdserve.cluster.planner.step_shape import StepShape, chunk_pairs
 from pdserve.proto.errors import ConfigError
 

@@ -1,7 +1,8 @@
 """Seconds of an engine step by a worker's profile. Called for every step.
 
 A step costs `fixed + per_unit * units + per_load * load`, with the coefficients of its region: units are prefill tokens
-and load their pairs, or units are sequences and load the sum of their contexts. Time never falls when work grows: a
+and load their pairs, or units are sequences and load the sum of their contexts; beyond a bend each unit of the
+load may cost more. Time never falls when work grows: a
 region answers at least what a smaller one did at its end. In a mixed step the fixed part is paid once, a share
 `overlap` of the smaller of the two variable parts hides behind the larger, and `extra_s` comes on top.
 
@@ -16,8 +17,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from pdserve.cluster.planner.profile import DecodeRegion, Domain, PrefillRegion, Profile, Range
-from pdserve.cluster.planner.step_shape import StepShape
+from pdserve.cluster.planner.profile import ContextBend, DecodeRegion, Domain, PrefillRegion, Profile, Range, Slowdown
+from pdserve.cluster.planner.step_shape import ALONE, Company, StepShape
 
 
 class Line(NamedTuple):
@@ -36,6 +37,16 @@ class Region(NamedTuple):
     per_load_s: float
 
 
+class LoadBend(NamedTuple):
+    """What lies beyond a load of `above` costs `extra_s` a unit more."""
+
+    above: float = math.inf
+    extra_s: float = 0.0
+
+
+STRAIGHT = LoadBend()
+
+
 class Phase(dict[int, tuple[Line, ...]]):
     """Prefill or decode: by the number of units, the lines of which the greatest is the step's time.
 
@@ -43,8 +54,9 @@ class Phase(dict[int, tuple[Line, ...]]):
     coefficients that fit together there are none. Lines are kept for every number of units that was asked for.
     """
 
-    def __init__(self, regions: Iterable[Region]) -> None:
+    def __init__(self, regions: Iterable[Region], bend: LoadBend = STRAIGHT) -> None:
         self.regions = tuple(regions)
+        self.bend = bend
         self.fixed_s = self.regions[0].fixed_s
 
     def __missing__(self, units: int) -> tuple[Line, ...]:
@@ -65,7 +77,8 @@ class Phase(dict[int, tuple[Line, ...]]):
         if len(lines) > 1:
             for fixed_s, per_load_s in lines:
                 seconds = max(seconds, fixed_s + per_load_s * load)
-        return seconds
+        above, extra_s = self.bend
+        return seconds + extra_s * (load - above) if load > above else seconds
 
 
 class Mixing(NamedTuple):
@@ -95,9 +108,13 @@ def prefill_phase(regions: Iterable[PrefillRegion]) -> Phase:
     return Phase(Region(_bound(part.upto_tokens), part.fixed_s, part.per_token_s, part.per_pair_s) for part in regions)
 
 
-def decode_phase(regions: Iterable[DecodeRegion]) -> Phase:
+def decode_phase(regions: Iterable[DecodeRegion], bend: ContextBend | None = None) -> Phase:
     return Phase(
-        Region(_bound(part.upto_batch), part.fixed_s, part.per_sequence_s, part.per_context_token_s) for part in regions
+        (
+            Region(_bound(part.upto_batch), part.fixed_s, part.per_sequence_s, part.per_context_token_s)
+            for part in regions
+        ),
+        STRAIGHT if bend is None else LoadBend(bend.above_context_tokens, bend.extra_s_per_token),
     )
 
 
@@ -110,11 +127,12 @@ class StepModel:
 
     def __init__(self, profile: Profile) -> None:
         self._prefill = prefill_phase(profile.prefill)
-        self._decode = decode_phase(profile.decode)
+        self._decode = decode_phase(profile.decode, profile.decode_bend)
         self._mixing = mixing(self._prefill, self._decode)
         self._exposed, self._mixed_extra_s = 1.0 - profile.mixed.overlap, profile.mixed.extra_s
         slower = profile.contention
-        self._slower_prefill, self._slower_decode = (slower.prefill, slower.decode) if slower else (0.0, 0.0)
+        self._slower_prefill = _prices(slower.prefill if slower else None)
+        self._slower_decode = _prices(slower.decode if slower else None)
         self.name = profile.name
         self.domain = profile.domain
         self.box = _box(profile.domain)
@@ -130,10 +148,15 @@ class StepModel:
         larger, smaller = self._mixing.parts(self._prefill.seconds(tokens, pairs), decode_s)
         return larger + self._exposed * smaller + self._mixed_extra_s
 
-    def contended_s(self, shape: StepShape, busy: float) -> float:
-        """Seconds of one step while this share of the machine's other workers compute."""
+    def contended_s(self, shape: StepShape, company: Company) -> float:
+        """Seconds of one step while others on the machine compute."""
         slower = self._slower_prefill if shape.num_prefill_tokens else self._slower_decode
-        return self.duration_s(shape) * (1.0 + slower * busy)
+        return self.duration_s(shape) * (1.0 + slower.prefill * company.prefill + slower.decode * company.decode)
+
+
+def _prices(slower: Slowdown | None) -> Company:
+    """What a full house of either kind adds, as a share."""
+    return ALONE if slower is None else Company(slower.beside_prefill, slower.beside_decode)
 
 
 def _box(domain: Domain) -> tuple[float, ...]:

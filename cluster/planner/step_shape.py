@@ -20,6 +20,16 @@ class StepShape(NamedTuple):
     decode_context_tokens: int
 
 
+class Company(NamedTuple):
+    """Which share of the machine's other workers compute meanwhile: prompts, maybe beside decodes, or decodes alone."""
+
+    prefill: float = 0.0
+    decode: float = 0.0
+
+
+ALONE = Company()
+
+
 def chunk_pairs(num_tokens: int, context_tokens: int) -> float:
     """Attention work of a prefill chunk: `num_tokens` queries behind `context_tokens` computed tokens."""
     return num_tokens * (context_tokens + num_tokens / 2)

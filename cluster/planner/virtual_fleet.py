@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from pdserve.cluster.config import ClusterConfig
 from pdserve.cluster.planner.clock import Clock
@@ -20,7 +20,7 @@ from pdserve.cluster.planner.profile import LinkCost, Profile
 from pdserve.cluster.planner.standing import StandingScheduler, are_rules_known
 from pdserve.cluster.planner.steering import Action, Fail, Flip, Start, Steering
 from pdserve.cluster.planner.step_model import Extrapolation, StepModel
-from pdserve.cluster.planner.step_shape import StepShape
+from pdserve.cluster.planner.step_shape import Company, StepShape
 from pdserve.cluster.planner.virtual_links import VirtualLinks
 from pdserve.cluster.planner.virtual_worker import SWEEP_S, Listener, Surroundings, VirtualWorker
 from pdserve.engine.block_pool import BlockPool
@@ -48,6 +48,16 @@ class FleetListener(Listener, Protocol):
 
     @property
     def num_queued(self) -> int: ...
+
+
+class _Step(NamedTuple):
+    """What a worker computes, as those beside it feel it."""
+
+    until_s: float
+    is_prefill: bool
+
+
+NO_STEP = _Step(0.0, False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +93,7 @@ class VirtualFleet:
         self._hosts: dict[str, int] = {}
         self._models: dict[int, StepModel] = {}  # by the identity of the profile: two may have one name
         self._is_exact = choice.is_exact or not are_rules_known()
-        self._busy_until_s: dict[int, dict[str, float]] = defaultdict(dict)  # by host, of workers that disturb others
+        self._under_way: dict[int, dict[str, _Step]] = defaultdict(dict)  # by host, of workers that disturb others
         self._layouts: dict[KVLayout, KVLayout] = {}  # one object for all that are equal: quickly seen to be
         transfer = config.kv_transfer
         self._around = Surroundings(
@@ -161,7 +171,7 @@ class VirtualFleet:
         del self.workers[name]
         self.gone.append(worker)
         worker.die()
-        self._busy_until_s[self._hosts[name]].pop(name, None)
+        self._under_way[self._hosts[name]].pop(name, None)
 
     def _place_on_host(self, name: str) -> None:
         num_placed = len(self._hosts)
@@ -206,7 +216,7 @@ class VirtualFleet:
         if model is None:
             model = self._models[id(profile)] = StepModel(profile)
         see, clock = self.extrapolation.see, self._clock
-        busy_until_s = self._busy_until_s[self._hosts[name]]
+        under_way = self._under_way[self._hosts[name]]
 
         def duration_s(shape: StepShape) -> float:
             see(model, shape)
@@ -216,15 +226,17 @@ class VirtualFleet:
             """Who computes when a step begins counts for all of it."""
             see(model, shape)
             now_s = clock.now_s
-            busy_until_s[name] = 0.0
-            num_busy = sum(until_s > now_s for until_s in busy_until_s.values())
-            seconds = model.contended_s(shape, num_busy / max(1, len(busy_until_s) - 1))
-            busy_until_s[name] = now_s + seconds
+            under_way[name] = NO_STEP
+            kinds = [step.is_prefill for step in under_way.values() if step.until_s > now_s]
+            num_others, num_prefills = max(1, len(under_way) - 1), sum(kinds)
+            company = Company(num_prefills / num_others, (len(kinds) - num_prefills) / num_others)
+            seconds = model.contended_s(shape, company)
+            under_way[name] = _Step(now_s + seconds, shape.num_prefill_tokens > 0)
             return seconds
 
         if profile.contention is None:
             return duration_s
-        busy_until_s[name] = 0.0
+        under_way[name] = NO_STEP
         return beside_others_s
 
     def _link(self, source_id: str, target_id: str) -> LinkCost:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from pdserve.cluster.profiling_plan import (
@@ -10,6 +12,7 @@ from pdserve.cluster.profiling_plan import (
     Burst,
     WorkerLimits,
     doublings,
+    growing_rounds,
     plan_bursts,
 )
 from pdserve.proto.errors import ConfigError
@@ -76,6 +79,15 @@ def test_a_quarter_of_the_work_has_steps_of_every_kind() -> None:
     assert {1, 64} <= {burst.num_streams for burst in first if not burst.prompts}
     assert any(burst.num_streams and burst.prompts for burst in first)
     assert max(max(burst.prompts) for burst in first if burst.prompts) >= USUAL.chunk_tokens // 4
+
+
+def test_rounds_grow_until_they_hold_everything_so_that_the_cheap_is_measured_at_several_moments() -> None:
+    bursts = plan_bursts(USUAL)
+    rounds = list(itertools.islice(growing_rounds(bursts), 6))
+    assert all(list(some) == list(bursts[: len(some)]) for some in rounds)
+    sizes = [len(some) / len(bursts) for some in rounds]
+    assert sizes[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0], abs=1 / len(bursts))
+    assert sizes[3:] == [1.0, 1.0, 1.0]
 
 
 def test_a_worker_without_room_is_refused() -> None:

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 import pytest
 from planner_setups import make_profile
 
-from pdserve.cluster.planner.fit import StepSample
 from pdserve.cluster.planner.step_model import StepModel
-from pdserve.cluster.planner.step_shape import StepShape
+from pdserve.cluster.planner.step_sample import StepSample
+from pdserve.cluster.planner.step_shape import ALONE, Company, StepShape
 from pdserve.cluster.profiling_samples import Timing, bias_of, gap_of, samples_of, timings_of
 from pdserve.cluster.step_records import StepRecord
 
@@ -21,10 +21,10 @@ def decode(batch: int, context_tokens: int = 100) -> StepShape:
     return StepShape(0, 0.0, batch, batch * context_tokens)
 
 
-def records(*steps: tuple[float, float, bool], first: int = 0) -> list[StepRecord]:
+def records(*steps: tuple[float, float, bool], first: int = 0, shape: StepShape = DECODE) -> list[StepRecord]:
     """Steps by start, duration and whether work is left."""
     return [
-        StepRecord(first + number, started_s, duration_s, duration_s, DECODE, leaves_work)
+        StepRecord(first + number, started_s, duration_s, duration_s, shape, leaves_work)
         for number, (started_s, duration_s, leaves_work) in enumerate(steps)
     ]
 
@@ -62,17 +62,30 @@ def test_a_worker_whose_work_had_to_be_waited_for_was_idle() -> None:
 
 def test_a_step_knows_how_much_company_it_had() -> None:
     one = records((0.0, 0.010, True), (0.010, 0.010, False))
-    others = [records((0.005, 0.010, False)), records((0.0, 0.020, False)), []]
+    others = [records((0.005, 0.010, False)), records((0.0, 0.020, False), shape=PREFILL), []]
     first, second = timings_of([one, *others])[0]
-    assert first.busy == pytest.approx((0.5 + 1.0 + 0.0) / 3)
-    assert second.busy == pytest.approx((0.5 + 1.0 + 0.0) / 3)
-    assert timings_of([one])[0][0].busy == 0.0
+    assert first.company == pytest.approx(Company(prefill=1.0 / 3, decode=0.5 / 3))
+    assert second.company == pytest.approx(Company(prefill=1.0 / 3, decode=0.5 / 3))
+    assert timings_of([one])[0][0].company == ALONE
+
+
+def test_a_mixed_step_is_company_that_prefills() -> None:
+    mixed = StepShape(64, 64 * 32.0, 8, 4000)
+    beside = timings_of([records((0.0, 0.010, False)), records((0.0, 0.010, False), shape=mixed)])[0]
+    assert beside[0].company == Company(prefill=1.0, decode=0.0)
+
+
+def test_steps_with_different_company_are_different_samples() -> None:
+    alone, beside = Timing(DECODE, 0.010, 0.010, None), Timing(DECODE, 0.014, 0.014, None, Company(decode=1.0))
+    samples = samples_of([alone, beside])
+    assert [one.company for one in samples] == [ALONE, Company(decode=1.0)]
+    assert [one.duration_s for one in samples] == pytest.approx([0.010, 0.014])
 
 
 def test_workers_of_other_machines_are_no_company() -> None:
     one, other = records((0.0, 0.010, False)), records((0.0, 0.020, False))
-    shared = timings_of([one, other, other], ("a", "a", "b"))[0][0].busy
-    apart = timings_of([one, other, other], ("a", "b", "b"))[0][0].busy
+    shared = timings_of([one, other, other], ("a", "a", "b"))[0][0].company.decode
+    apart = timings_of([one, other, other], ("a", "b", "b"))[0][0].company.decode
     assert shared == pytest.approx(1.0)
     assert apart == 0.0
 

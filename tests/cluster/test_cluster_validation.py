@@ -11,9 +11,9 @@ from rich.console import Console
 from pdserve.cluster.arrivals import Arrival
 from pdserve.cluster.load import LoadResult, RequestRecord
 from pdserve.cluster.load_report import LoadReport, summarize
-from pdserve.cluster.planner.fit import StepSample
 from pdserve.cluster.planner.profile import PrefillRegion
 from pdserve.cluster.planner.step_model import StepModel
+from pdserve.cluster.planner.step_sample import StepSample
 from pdserve.cluster.planner.step_shape import StepShape, chunk_pairs
 from pdserve.cluster.profiling_samples import Timing
 from pdserve.cluster.validation import Comparison, Point, compare, orders

@@ -9,10 +9,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pdserve.cluster.planner.fit import StepFit, StepSample, fit_steps
-from pdserve.cluster.planner.phase_fit import Floats, nnls
+from pdserve.cluster.planner.fit import StepFit, fit_steps
+from pdserve.cluster.planner.nnls import Floats, nnls
+from pdserve.cluster.planner.profile import Slowdown
 from pdserve.cluster.planner.step_model import decode_phase, mixing, prefill_phase
-from pdserve.cluster.planner.step_shape import StepShape, chunk_pairs
+from pdserve.cluster.planner.step_sample import StepSample
+from pdserve.cluster.planner.step_shape import Company, StepShape, chunk_pairs
 from pdserve.proto.errors import ConfigError
 
 CHUNKS = (1, 4, 16, 32, 64, 96, 128, 192, 256, 384, 512)
@@ -126,6 +128,54 @@ def test_pairs_that_become_dearer_become_a_bound_too() -> None:
     assert fit.prefill[-1].per_pair_s == pytest.approx(1.6e-7, rel=0.1)
 
 
+def cached_s(shape: StepShape) -> float:
+    """Decodes whose context gets four times as dear where it no longer fits a cache."""
+    return decode_s(shape) + 9e-7 * max(0, shape.decode_context_tokens - 4000)
+
+
+def test_context_that_gets_dearer_in_large_steps_is_a_bend_whatever_the_batch() -> None:
+    fit = fit_steps([*timed(PREFILL_SHAPES, prefill_s), *timed(DECODE_SHAPES, cached_s, repeats=4)])
+    assert fit.decode_bend is not None
+    assert fit.decode_bend.above_context_tokens == pytest.approx(4000, rel=0.3)
+    assert fit.decode_bend.extra_s_per_token == pytest.approx(9e-7, rel=0.1)
+    phase = decode_phase(fit.decode, fit.decode_bend)
+    for shape in DECODE_SHAPES:
+        seconds = phase.seconds(shape.num_decodes, shape.decode_context_tokens)
+        assert seconds == pytest.approx(cached_s(shape), rel=0.06)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_noise_makes_neither_bounds_nor_a_bend(seed: int) -> None:
+    fit = fit_steps(timed([*PREFILL_SHAPES, *DECODE_SHAPES], either_s, noise=0.15, outliers=0.05, seed=seed))
+    assert (len(fit.prefill), len(fit.decode), fit.decode_bend) == (1, 1, None)
+
+
+BUSY_SHAPES = [StepShape(n, chunk_pairs(n, c), b, b * 300) for n in (8, 32, 128, 384) for c in (0, 512) for b in (1, 6)]
+
+
+def test_a_busy_worker_tells_of_prefill_in_its_mixed_steps() -> None:
+    """It hardly ever computes a prompt without decodes beside it."""
+    lone = timed([StepShape(40, chunk_pairs(40, 0), 0, 0)], lambda _: 0.05)
+    busy = timed(BUSY_SHAPES, lambda shape: mixed_s(shape, 0.0), noise=0.02, repeats=4)
+    fit = fit_steps([*timed(DECODE_SHAPES, decode_s, repeats=2), *lone, *busy])
+    assert any("hardly any step without decodes" in line for line in fit.thin)
+    model_s = (prefill_phase(fit.prefill), decode_phase(fit.decode))
+    mixer = mixing(*model_s)
+    for shape in BUSY_SHAPES:
+        larger, smaller = mixer.parts(model_s[0].seconds(*shape[:2]), model_s[1].seconds(*shape[2:]))
+        predicted = larger + (1.0 - fit.mixed.overlap) * smaller + fit.mixed.extra_s
+        assert predicted == pytest.approx(mixed_s(shape, 0.0), rel=0.06)
+
+
+def test_company_of_a_busy_workers_prompts_is_found_in_its_mixed_steps() -> None:
+    busy = timed(BUSY_SHAPES, lambda shape: mixed_s(shape, 0.0), noise=0.02, repeats=4)
+    steps = [*timed(DECODE_SHAPES, decode_s, repeats=2), *busy]
+    fit = fit_steps(beside_others(steps, (0.3, 0.1), (0.2, 0.5), MANY))
+    assert fit.contention is not None
+    assert prices_of(fit.contention.prefill) == pytest.approx((0.3, 0.1), abs=0.05)
+    assert prices_of(fit.contention.decode) == pytest.approx((0.2, 0.5), abs=0.05)
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_fitted_regions_meet_so_that_no_step_needs_another_regions_end(seed: int) -> None:
     def jumping_s(shape: StepShape) -> float:
@@ -157,23 +207,38 @@ def test_what_mixed_steps_take_beyond_both_phases_is_found(extra_s: float) -> No
     assert fit.mixed.overlap == pytest.approx(0.5, abs=0.1)
 
 
+Prices = tuple[float, float]
+"""What company that prefills and company that decodes add."""
+
+
 def beside_others(
-    samples: Iterable[StepSample], prefill: float, decode: float, busy: Sequence[float]
+    samples: Iterable[StepSample], prefill: Prices, decode: Prices, company: Sequence[Company]
 ) -> list[StepSample]:
     """As if the machine's other workers had computed meanwhile: shares of the time, in turn."""
     found = []
-    for sample, share in zip(samples, itertools.cycle(busy)):
-        slower = prefill if sample.shape.num_prefill_tokens else decode
-        found.append(replace(sample, duration_s=sample.duration_s * (1.0 + slower * share), busy=share))
+    for sample, shares in zip(samples, itertools.cycle(company)):
+        prices = prefill if sample.shape.num_prefill_tokens else decode
+        slower = 1.0 + prices[0] * shares.prefill + prices[1] * shares.decode
+        found.append(replace(sample, duration_s=sample.duration_s * slower, company=shares))
     return found
 
 
-@pytest.mark.parametrize(("prefill", "decode"), [(0.3, 0.8), (0.0, 0.5), (0.6, 0.0)])
-def test_what_company_costs_is_found_and_so_are_the_steps_alone(prefill: float, decode: float) -> None:
+def prices_of(slower: Slowdown) -> Prices:
+    return slower.beside_prefill, slower.beside_decode
+
+
+MANY = [Company(*shares) for shares in ((0, 0), (0.2, 0.1), (0.9, 0), (0, 0.5), (0.3, 0.7), (0, 1), (0.4, 0.2), (1, 0))]
+
+
+@pytest.mark.parametrize(
+    ("prefill", "decode"), [((0.3, 0.1), (0.2, 0.8)), ((0.0, 0.2), (0.5, 0.0)), ((0.6, 0.6), (0.0, 0.0))]
+)
+def test_what_company_costs_is_found_and_so_are_the_steps_alone(prefill: Prices, decode: Prices) -> None:
     steps = timed([*PREFILL_SHAPES, *DECODE_SHAPES], either_s, noise=0.01, repeats=4)
-    fit = fit_steps(beside_others(steps, prefill, decode, (0.0, 0.2, 0.9, 0.5, 1.0, 0.4, 0.7)))
+    fit = fit_steps(beside_others(steps, prefill, decode, MANY))
     assert fit.contention is not None
-    assert (fit.contention.prefill, fit.contention.decode) == pytest.approx((prefill, decode), abs=0.03)
+    assert prices_of(fit.contention.prefill) == pytest.approx(prefill, abs=0.04)
+    assert prices_of(fit.contention.decode) == pytest.approx(decode, abs=0.04)
     alone = fit_steps(steps)
     assert fit.prefill[0].per_token_s == pytest.approx(alone.prefill[0].per_token_s, rel=0.05)
     assert fit.decode[0].fixed_s == pytest.approx(alone.decode[0].fixed_s, rel=0.05)
@@ -182,7 +247,18 @@ def test_what_company_costs_is_found_and_so_are_the_steps_alone(prefill: float, 
 @pytest.mark.parametrize("busy", [[0.0], [0.6], [0.55, 0.6, 0.65]])
 def test_company_that_does_not_vary_has_no_price(busy: list[float]) -> None:
     steps = timed([*PREFILL_SHAPES, *DECODE_SHAPES], either_s)
-    assert fit_steps(beside_others(steps, 0.3, 0.8, busy)).contention is None
+    company = [Company(share, share) for share in busy]
+    assert fit_steps(beside_others(steps, (0.3, 0.3), (0.8, 0.8), company)).contention is None
+
+
+def test_a_kind_of_company_that_was_never_there_costs_what_the_other_one_does() -> None:
+    """Workers of a pair only ever have one kind beside them."""
+    steps = timed([*PREFILL_SHAPES, *DECODE_SHAPES], either_s, noise=0.01, repeats=4)
+    company = [Company(decode=share) for share in (0.0, 0.2, 0.9, 0.5, 1.0, 0.4, 0.7)]
+    fit = fit_steps(beside_others(steps, (0.0, 0.3), (0.0, 0.8), company))
+    assert fit.contention is not None
+    assert prices_of(fit.contention.prefill) == pytest.approx((0.3, 0.3), abs=0.04)
+    assert prices_of(fit.contention.decode) == pytest.approx((0.8, 0.8), abs=0.04)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -254,7 +330,8 @@ def test_the_same_samples_in_another_order_give_the_same_fit() -> None:
 @pytest.mark.parametrize(
     ("samples", "message"),
     [
-        ([], "samples: none is a prefill step alone"),
+        ([], "samples: none is a decode step alone"),
+        ([StepSample(StepShape(0, 0.0, 1, 5), 0.1)], "samples: none is a prefill step alone"),
         ([StepSample(StepShape(1, 0.5, 0, 0), 0.1)], "samples: none is a decode step alone"),
         ([StepSample(StepShape(1, 0.5, 0, 0), 0.0)], r"samples\.0: 0\.0 s is no duration"),
         ([StepSample(StepShape(1, 0.5, 0, 0), float("nan"))], r"samples\.0: nan s is no duration"),

@@ -11,7 +11,7 @@ import pytest
 from planner_setups import BANDWIDTH, KV_BYTES, PREFILL_FIXED_S, TOKEN_S, make_config, make_profile
 
 from pdserve.cluster.arrivals import Arrival, Lengths, Workload, synthesize
-from pdserve.cluster.planner.profile import Contention, DecodeRegion, LinkCost, PrefillRegion
+from pdserve.cluster.planner.profile import Contention, DecodeRegion, LinkCost, PrefillRegion, Slowdown
 from pdserve.cluster.planner.simulation import Outcome, simulate
 from pdserve.cluster.planner.source import OpenLoop
 from pdserve.cluster.planner.steering import Action, Fail, Flip, Script, Start, Stop
@@ -75,9 +75,14 @@ def test_a_pool_without_a_block_is_refused() -> None:
         served([], profiles=dict.fromkeys(Role, make_profile(num_gpus=0)), engine={"kv_cache_memory_bytes": 1})
 
 
+def slowdown(beside_prefill: float, beside_decode: float) -> Slowdown:
+    return Slowdown(beside_prefill=beside_prefill, beside_decode=beside_decode)
+
+
 def beside_each_other(num_workers: int, **options: Any) -> list[float]:
     """How long two requests that nearly only decode take on two of these workers, half a step apart."""
-    profile = make_profile(contention=Contention(prefill=0.0, decode=0.5))
+    contention = Contention(prefill=slowdown(0.0, 0.0), decode=slowdown(0.0, 0.5))
+    profile = make_profile(contention=contention)
     arrivals = [Arrival(1.0, 16, 500), Arrival(1.004, 16, 500)]
     outcome = served(arrivals, (0, 0, num_workers), profiles={"mixed": profile}, **options)
     assert len({record.decode_id for record in outcome.records}) == 2
@@ -93,6 +98,20 @@ def test_workers_of_one_host_slow_each_other_down_and_those_of_different_hosts_d
     assert beside_each_other(3) == pytest.approx([took_s * 1.25 for took_s in far], rel=0.02)
 
 
+@pytest.mark.parametrize(("beside_prefill", "slower"), [(0.0, 1.0), (0.8, 1.8)])
+def test_company_that_prefills_has_a_price_of_its_own(beside_prefill: float, slower: float) -> None:
+    """One answer beside one long prompt in small chunks that is computed all the while."""
+    contention = Contention(prefill=slowdown(0.0, 0.0), decode=slowdown(beside_prefill, 5.0))
+    profiles = dict.fromkeys(Role, make_profile(contention=contention, max_model_len=100_000))
+    arrivals = [Arrival(0.0, 16, 100), Arrival(0.05, 50_000, 1)]
+    alone, _ = served(arrivals, (0, 0, 2), profiles=profiles, workers_per_host=1).records
+    beside, _ = served(arrivals, (0, 0, 2), profiles=profiles).records
+    assert alone.decode_id == beside.decode_id
+    alone_ms, beside_ms = alone.timing().tpot_ms(), beside.timing().tpot_ms()
+    assert alone_ms is not None
+    assert beside_ms == pytest.approx(alone_ms * slower, rel=0.1)
+
+
 def test_a_dead_worker_is_no_company() -> None:
     gone = beside_each_other(3, steering=script((0.5, Fail("mixed-2"))))
     assert gone == pytest.approx(beside_each_other(2), rel=1e-9)
@@ -100,7 +119,8 @@ def test_a_dead_worker_is_no_company() -> None:
 
 @pytest.mark.parametrize("sizes", [(2, 2, 0), (0, 0, 3), (1, 1, 1)])
 def test_standing_changes_nothing_among_workers_that_slow_each_other_down(sizes: tuple[int, int, int]) -> None:
-    profiles = dict.fromkeys(Role, make_profile(contention=Contention(prefill=0.3, decode=0.7)))
+    contention = Contention(prefill=slowdown(0.3, 0.1), decode=slowdown(0.2, 0.7))
+    profiles = dict.fromkeys(Role, make_profile(contention=contention))
     steering = [(6.0, Fail(f"{'mixed' if sizes[2] else 'decode'}-0", 1.0))]
     exact, fast = (
         served(

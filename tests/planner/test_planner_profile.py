@@ -31,6 +31,7 @@ def tree() -> dict[str, Any]:
             prefill(None, fixed_s=-0.001, num_samples=12),
         ],
         "decode": [decode(8, num_samples=9, median_error=0.01, p95_error=0.02), decode(None)],
+        "decode_bend": {"above_context_tokens": 2000, "extra_s_per_token": 4e-06},
         "mixed": {"overlap": 0.4, "extra_s": 0.001, "num_samples": 5, "median_error": 0.03, "p95_error": 0.06},
         "domain": {
             "chunk_tokens": {"smallest": 1, "largest": 512},
@@ -40,7 +41,10 @@ def tree() -> dict[str, Any]:
         },
         "links": {"shm": {"latency_s": 0.001, "bandwidth_bytes_per_s": 1e9}},
         "overheads": {"tokenize_s_per_token": 1e-6, "request_s": 0.002, "handoff_s": 0.001, "token_s": 0.0003},
-        "contention": {"prefill": 0.1, "decode": 0.2},
+        "contention": {
+            "prefill": {"beside_prefill": 0.05, "beside_decode": 0.1},
+            "decode": {"beside_prefill": 0.2, "beside_decode": 0.4},
+        },
         "startup_s": 9.5,
         "flip_s": 0.01,
         "power": {"idle_w": None, "prefill_w": 60.0, "decode_w": 40.0},
@@ -138,6 +142,8 @@ def test_each_region_tells_how_well_it_fits() -> None:
         "prefill, above 128 tokens: error not known (12 samples)",
         "decode, 1 to 8 sequences: error 1.0% median, 2.0% p95 (9 samples)",
         "decode, above 8 sequences: error not known (0 samples)",
+        "decode, beyond 2,000 tokens of context in a step: 4 us more for each",
         "mixed, overlap 0.40: error 3.0% median, 6.0% p95 (5 samples)",
-        "beside busy workers: prefill +10%, decode +20%",
+        "prefill steps beside workers that prefill +5%, that decode +10%",
+        "decode steps beside workers that prefill +20%, that decode +40%",
     )

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from pdserve.cluster.planner.profile import (
     Contention,
+    ContextBend,
     DecodeRegion,
     Domain,
     LinkCost,
@@ -17,9 +18,10 @@ from pdserve.cluster.planner.profile import (
     PrefillRegion,
     Profile,
     Range,
+    Slowdown,
 )
 from pdserve.cluster.planner.step_model import Extrapolation, StepModel, excesses
-from pdserve.cluster.planner.step_shape import StepShape, chunk_pairs
+from pdserve.cluster.planner.step_shape import ALONE, Company, StepShape, chunk_pairs
 
 MEASURED = Domain(
     chunk_tokens=Range(smallest=4, largest=512),
@@ -35,6 +37,7 @@ def profile(
     overlap: float = 0.0,
     extra_s: float = 0.0,
     contention: Contention | None = None,
+    bend: ContextBend | None = None,
 ) -> Profile:
     """Regions as `(upto, fixed, per unit, per load)`."""
     return Profile(
@@ -56,6 +59,7 @@ def profile(
             DecodeRegion(upto_batch=upto, fixed_s=a, per_sequence_s=b, per_context_token_s=c, num_samples=0)
             for upto, a, b, c in decode
         ),
+        decode_bend=bend,
         mixed=MixedSteps(overlap=overlap, extra_s=extra_s),
         contention=contention,
         domain=MEASURED,
@@ -78,7 +82,8 @@ def regions(draw: st.DrawFn) -> list[tuple[int | None, float, float, float]]:
     return [(found[0][0], draw(st.floats(1e-4, 0.1)), *found[0][2:]), *found[1:]]
 
 
-any_profile = st.builds(profile, regions(), regions(), st.floats(0.0, 1.0))
+any_bend = st.builds(ContextBend, above_context_tokens=st.floats(0, 5000), extra_s_per_token=st.floats(0, 1e-3))
+any_profile = st.builds(profile, regions(), regions(), st.floats(0.0, 1.0), bend=st.none() | any_bend)
 
 
 @st.composite
@@ -137,23 +142,38 @@ def test_a_mixed_step_takes_what_is_extra_and_the_phases_alone_do_not() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "slower"),
+    ("shape", "prefill", "decode"),
     [
-        (StepShape(64, chunk_pairs(64, 100), 0, 0), 0.3),
-        (StepShape(64, chunk_pairs(64, 100), 8, 4000), 0.3),  # mixed: counted as prefill
-        (StepShape(0, 0.0, 8, 4000), 0.8),
+        (StepShape(64, chunk_pairs(64, 100), 0, 0), 0.3, 0.1),
+        (StepShape(64, chunk_pairs(64, 100), 8, 4000), 0.3, 0.1),  # mixed: counted as prefill
+        (StepShape(0, 0.0, 8, 4000), 0.2, 0.8),
     ],
 )
-def test_company_makes_a_step_longer_by_its_share(shape: StepShape, slower: float) -> None:
-    model = StepModel(profile(PREFILL, DECODE, extra_s=0.002, contention=Contention(prefill=0.3, decode=0.8)))
-    assert model.contended_s(shape, 0.0) == model.duration_s(shape)
-    assert model.contended_s(shape, 0.5) == pytest.approx(model.duration_s(shape) * (1.0 + slower / 2))
-    assert model.contended_s(shape, 1.0) == pytest.approx(model.duration_s(shape) * (1.0 + slower))
+def test_company_makes_a_step_longer_by_its_kind_and_share(shape: StepShape, prefill: float, decode: float) -> None:
+    contention = Contention(
+        prefill=Slowdown(beside_prefill=0.3, beside_decode=0.1), decode=Slowdown(beside_prefill=0.2, beside_decode=0.8)
+    )
+    model = StepModel(profile(PREFILL, DECODE, extra_s=0.002, contention=contention))
+    alone_s = model.duration_s(shape)
+    assert model.contended_s(shape, ALONE) == alone_s
+    assert model.contended_s(shape, Company(prefill=0.5)) == pytest.approx(alone_s * (1.0 + prefill / 2))
+    assert model.contended_s(shape, Company(decode=1.0)) == pytest.approx(alone_s * (1.0 + decode))
+    both = Company(prefill=0.5, decode=0.5)
+    assert model.contended_s(shape, both) == pytest.approx(alone_s * (1.0 + (prefill + decode) / 2))
+
+
+def test_context_beyond_the_bend_costs_more_in_any_region() -> None:
+    bend = ContextBend(above_context_tokens=3000, extra_s_per_token=5e-6)
+    straight, bent = StepModel(profile(PREFILL, DECODE)), StepModel(profile(PREFILL, DECODE, bend=bend))
+    for batch in (2, 12):
+        for tokens, extra_s in ((100, 0.0), (3000, 0.0), (3500, 0.0025), (7000, 0.02)):
+            shape = StepShape(0, 0.0, batch, tokens)
+            assert bent.duration_s(shape) == pytest.approx(straight.duration_s(shape) + extra_s)
 
 
 def test_company_costs_nothing_where_nobody_measured_it() -> None:
     model, shape = StepModel(profile(PREFILL, DECODE)), StepShape(64, chunk_pairs(64, 100), 8, 4000)
-    assert model.contended_s(shape, 1.0) == model.duration_s(shape)
+    assert model.contended_s(shape, Company(decode=1.0)) == model.duration_s(shape)
 
 
 @given(any_profile, growing_shapes())
