@@ -164,9 +164,9 @@ def gap_of(timings: Iterable[Timing]) -> Gap | None:
 
 
 def bias_of(model: StepModel, samples: Sequence[StepSample]) -> float:
-    """How far the sum of all predictions is off the sum of all times, as a share: what does not even out."""
-    measured_s = math.fsum(sample.duration_s for sample in samples)
-    told_s = math.fsum(model.contended_s(sample.shape, sample.company) for sample in samples)
+    """How far the sum over all steps is off what they took, as a share: what does not even out."""
+    measured_s = math.fsum(sample.num_steps * sample.duration_s for sample in samples)
+    told_s = math.fsum(sample.num_steps * model.contended_s(sample.shape, sample.company) for sample in samples)
     return told_s / measured_s - 1.0 if measured_s else 0.0
 
 
