@@ -96,6 +96,25 @@ def test_simulate_writes_its_report(tmp_path: Path) -> None:
     assert data["at"][-1] > 1.0
 
 
+def test_simulate_writes_every_class_and_puts_misses_down_by_its_targets(tmp_path: Path) -> None:
+    profile, path = tmp_path / "profile.json", tmp_path / "report.html"
+    profile.write_text(dump(make_profile()))
+    options = ("--profile", str(profile), "--workload", "short?classes=chat:3,batch:1", "--html", str(path))
+    targets = ("--ttft-ms", "60000", "--tpot-ms", "1000", "--slo", "chat:ttft=0.001,tpot=1000")
+    done = CliRunner().invoke(application(simulate), ["simulate", "--num-prompts", "60", "--json", *options, *targets])
+    assert done.exit_code == 0, done.output
+    found, page = json.loads(done.stdout), Page(path.read_text(encoding="utf-8"))
+    chat, rest = found["classes"]
+    assert (chat["attainment"], rest["attainment"]) == (0.0, 1.0)
+    assert page.row("chat")[-3:] == ["0.0 %", "90.0 %", "missed"]
+    assert page.row("all")[-3:] == ["100.0 %", "90.0 %", "met"]
+    assert f"attains {100 * found['attainment']:.1f} %" in page.text
+    # Nobody misses TPOT: all misses are of what comes before the first token.
+    shares = [float(row[-1].rstrip(" %")) for row in page.cells if row[:1] == ["1P1D"] and len(row) == 6]
+    assert sum(shares[:3]) == pytest.approx(100.0, abs=0.2)
+    assert shares[3:] == [0.0, 0.0, 0.0]
+
+
 def test_simulate_says_at_once_that_a_report_cannot_be_written(tmp_path: Path) -> None:
     path = tmp_path / "missing" / "report.html"
     done = CliRunner().invoke(application(simulate), ["simulate", "--profile", "unread", "--html", str(path)])
