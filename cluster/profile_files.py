@@ -45,15 +45,22 @@ def read_profile(written: str) -> Profile:
 
 @dataclass(frozen=True, slots=True)
 class FleetProfiles:
-    """What each role's workers cost, and what single ones do that are not like the rest of their role."""
+    """What each role's workers cost, and what single ones do that are not like the rest of their role. `spare` is of
+    roles that have no worker, for those that may be started."""
 
     by_role: Mapping[Role, Profile]
     by_worker: Mapping[str, Profile]
+    spare: Mapping[Role, Profile]
 
     @property
     def by_name(self) -> dict[str, Profile]:
         """Of roles and of workers, each by its name."""
         return {**{str(role): profile for role, profile in self.by_role.items()}, **self.by_worker}
+
+    @property
+    def ever(self) -> dict[str, Profile]:
+        """Also of workers that are yet to come."""
+        return {**{str(role): profile for role, profile in self.spare.items()}, **self.by_name}
 
 
 def read_profiles(written: Sequence[str], settings: ClusterConfig) -> dict[Role, Profile]:
@@ -71,7 +78,7 @@ def read_profiles(written: Sequence[str], settings: ClusterConfig) -> dict[Role,
 
 
 def read_fleet(written: Sequence[str], settings: ClusterConfig) -> FleetProfiles:
-    """The same, and single workers, as in `decode-1=FILE`, may have profiles of their own.
+    """The same, and single workers, as in `decode-1=FILE`, may have profiles of their own. FILE counts for every role.
 
     Raises:
         ConfigError: as `read_profiles`, or there is no such worker.
@@ -86,13 +93,13 @@ def read_fleet(written: Sequence[str], settings: ClusterConfig) -> FleetProfiles
         elif separator and WORKER_ID.fullmatch(name):
             single[_known_worker(name, settings)] = read_profile(path)
         else:
-            whole |= dict.fromkeys(wanted, read_profile(text))
+            whole |= dict.fromkeys(Role, read_profile(text))
     missing = [str(role) for role in wanted if role not in whole]
     if missing:
         raise ConfigError(f"--profile: none for {' and '.join(missing)} workers; give FILE or {missing[0]}=FILE")
     by_role = {role: whole[role] for role in wanted}
     check_comparable([*by_role.values(), *single.values()])
-    return FleetProfiles(by_role, single)
+    return FleetProfiles(by_role, single, {role: whole[role] for role in Role if role in whole and role not in wanted})
 
 
 def worker_ids(settings: ClusterConfig) -> list[str]:

@@ -66,5 +66,4 @@ def picture_of(outcome: Outcome, targets: Sequence[Target], rate: float) -> Pict
     if all(record.failure for record in records):
         return None
     run = Run([seen_of(record, target_of(targets, record.arrival.slo_class)) for record in records], targets)
-    busy = {name: busy_s / max(outcome.end_s, 1e-9) for name, busy_s in outcome.busy_s.items()}
-    return run.picture(rate, busy)
+    return run.picture(rate, outcome.busy)

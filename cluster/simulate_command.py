@@ -37,7 +37,7 @@ from pdserve.cluster.simulation_sums import (
     spent_lines,
     spent_of,
 )
-from pdserve.cluster.steering_options import parse_script
+from pdserve.cluster.steering_options import parse_script, undone_notes
 from pdserve.cluster.tune_targets import targets_of
 from pdserve.cluster.workload_files import read_workload, share_beyond
 from pdserve.proto.types import SLO
@@ -86,7 +86,7 @@ def simulate(
     started_s = time.perf_counter()
     outcome = run(
         settings,
-        fleet.by_name,
+        fleet.ever,
         source,
         exact=exact,
         are_prompts_shared=traffic.shares_prefixes(),
@@ -101,7 +101,7 @@ def simulate(
     spent = Spent(None, None) if fleet.by_worker else spent_of(outcome, settings, fleet.by_role)
     words = other_model(fleet.by_name.values(), settings)
     before = (*_model_notes(words), *_cut_notes(whole, longest), *_course_notes(traffic, request_rate, num_prompts))
-    notes = (*before, *_domain_notes(outcome))
+    notes = (*before, *undone_notes(outcome, steering), *_domain_notes(outcome))
     done = _Done(name_of(settings), workload, seed, fleet, outcome, report, classes, spent, notes, took_s)
     if html is not None and lapse is not None:
         _write_report(done, lapse, html)
@@ -177,7 +177,7 @@ def _show_json(done: _Done) -> None:
     tree: dict[str, Any] = asdict(done.report) | {
         "prefix_query_tokens": outcome.num_prefix_query_tokens,
         "prefix_hit_tokens": outcome.num_prefix_hit_tokens,
-        "busy": {name: busy_s / max(outcome.end_s, 1e-9) for name, busy_s in outcome.busy_s.items()},
+        "busy": outcome.busy,
         "profiles": {
             name: {"name": profile.name, "source": profile.source} for name, profile in done.fleet.by_name.items()
         },

@@ -5,6 +5,8 @@ The same sums judge both, so that a simulation and a cluster can be laid side by
 
 from __future__ import annotations
 
+import math
+
 from rich.table import Table
 
 from pdserve.client import Timings
@@ -34,11 +36,16 @@ def _as_measured(record: Record) -> RequestRecord:
     )
 
 
+def was_handed_off(record: Record) -> bool:
+    """Whether another worker went on with it: an answer of one token is over with the prompt."""
+    return record.prefill_id != record.decode_id and record.num_output_tokens > 1
+
+
 def phases_of(record: Record) -> Timings:
     """Where the time of a request that ended well went, at its workers."""
     assert record.first_token_s is not None
     assert record.end_s is not None
-    is_split = record.prefill_id != record.decode_id
+    is_split = was_handed_off(record)
     decode_began_s = record.decode_started_s if is_split else record.first_token_s
     return Timings(
         prefill_queue_ms=(record.prefill_started_s - record.queued_s) * 1e3,
@@ -51,9 +58,10 @@ def phases_of(record: Record) -> Timings:
 
 def seen_of(record: Record, target: int) -> Seen:
     """One request for a `Picture`, judged by the target of that index. One that failed has no latencies."""
-    arrival, timing = record.arrival, record.timing()
+    arrival, timing, num_output = record.arrival, record.timing(), record.num_output_tokens
+    end_s = math.inf if record.end_s is None else record.end_s
     if record.failure:
-        return Seen(arrival.at_s, arrival.num_prompt_tokens, record.num_output_tokens, target, None, None)
+        return Seen(arrival.at_s, end_s, arrival.num_prompt_tokens, num_output, target, None, None)
     phases = phases_of(record)
     phases_ms = (
         (record.queued_s - arrival.at_s) * 1e3,
@@ -64,7 +72,7 @@ def seen_of(record: Record, target: int) -> Seen:
         phases.decode_ms,
     )
     ttft_ms, tpot_ms = timing.ttft_ms(), timing.tpot_ms()
-    return Seen(arrival.at_s, arrival.num_prompt_tokens, record.num_output_tokens, target, ttft_ms, tpot_ms, phases_ms)
+    return Seen(arrival.at_s, end_s, arrival.num_prompt_tokens, num_output, target, ttft_ms, tpot_ms, phases_ms)
 
 
 def render_workers(outcome: Outcome) -> Table:
@@ -72,6 +80,6 @@ def render_workers(outcome: Outcome) -> Table:
     table = Table(title="Workers")
     table.add_column("worker")
     table.add_column("busy", justify="right")
-    for name, busy_s in outcome.busy_s.items():
-        table.add_row(name, f"{busy_s / max(outcome.end_s, 1e-9):.0%}")
+    for name, share in outcome.busy.items():
+        table.add_row(name, f"{share:.0%}")
     return table

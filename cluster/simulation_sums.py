@@ -90,7 +90,7 @@ def spent_of(outcome: Outcome, config: ClusterConfig, by_role: Mapping[Role, Pro
         ttft_ms=(),
         tpot_ms=(),
         phases=(),
-        busy={name: busy_s / end_s for name, busy_s in outcome.busy_s.items()},
+        busy=outcome.busy,
         prompt_tokens_per_s=sum(record.arrival.num_prompt_tokens for record in done) / end_s,
         output_tokens_per_s=sum(record.num_output_tokens for record in done) / end_s,
     )

@@ -19,7 +19,7 @@ from pdserve.cluster.planner.simulation import Outcome, simulate
 from pdserve.cluster.planner.trials import Found, Hunt, Job, Probe, Result, View
 from pdserve.cluster.planner.virtual_router import Record
 from pdserve.cluster.planner.workload_spec import WorkloadSpec
-from pdserve.cluster.simulation_report import seen_of
+from pdserve.cluster.simulation_report import seen_of, was_handed_off
 from pdserve.cluster.tune_targets import target_of
 from pdserve.proto.types import SLO
 
@@ -97,11 +97,13 @@ def _failure(records: Sequence[Record]) -> str:
 def _hunt(job: Hunt, problem: Problem) -> Found:
     beyond: list[tuple[float, tuple[str, ...]]] = []
     failures: list[tuple[float, str]] = []
+    lengths: list[tuple[float, int]] = []
 
     def run(rate: float, seed: int, num_requests: int) -> Outcomes:
         outcome = run_once(job.setup, problem, rate, seed, num_requests)
         beyond.append((rate, outcome.extrapolation.summary() if outcome.extrapolation.num_outside else ()))
         failures.append((rate, _failure(outcome.records)))
+        lengths.append((rate, num_requests))
         return _outcomes(outcome.records, problem)
 
     goodput = find_goodput(
@@ -113,13 +115,18 @@ def _hunt(job: Hunt, problem: Problem) -> Found:
         start_rate=job.start_rate,
         course_requests=problem.workload.course_requests(job.start_rate),
     )
-    return Found(goodput, _at(goodput, beyond), min(failures)[1] if goodput.failing else "")
+    run_requests = max((num for rate, num in lengths if _is_near(rate, goodput)), default=0)
+    return Found(goodput, _at(goodput, beyond), min(failures)[1] if goodput.failing else "", run_requests)
 
 
 def _at(goodput: Goodput, beyond: Sequence[tuple[float, tuple[str, ...]]]) -> tuple[str, ...]:
     """What was beyond all measurements in the last of the runs near the goodput, as they are the longest."""
-    near = [lines for rate, lines in beyond if abs(rate - goodput.rate) <= NEAR * goodput.rate and lines]
+    near = [lines for rate, lines in beyond if _is_near(rate, goodput) and lines]
     return near[-1] if near else ()
+
+
+def _is_near(rate: float, goodput: Goodput) -> bool:
+    return abs(rate - goodput.rate) <= NEAR * goodput.rate
 
 
 def _outcomes(records: Sequence[Record], problem: Problem) -> Outcomes:
@@ -141,8 +148,8 @@ def _work(records: Sequence[Record]) -> Iterator[Work]:
     for record in records:
         if record.failure or record.end_s is None:
             continue
-        if record.prefill_id == record.decode_id:
-            yield record.decode_id, record.prefill_started_s, record.end_s
-        else:
+        if was_handed_off(record):
             yield record.prefill_id, record.prefill_started_s, record.prefilled_s
             yield record.decode_id, record.decode_started_s, record.end_s
+        else:
+            yield record.prefill_id, record.prefill_started_s, record.end_s

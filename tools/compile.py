@@ -68,6 +68,7 @@ MODULES = (
     "cluster.planner.virtual_prefill",
     "cluster.planner.virtual_worker",
     "cluster.planner.virtual_links",
+    "cluster.planner.virtual_machines",
     "cluster.planner.virtual_fleet",
     "cluster.planner.virtual_router",
     "cluster.planner.source",

@@ -25,7 +25,7 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
-from pdserve.cluster.planner.stationarity import FloatArray, Flow, batch_means, load_drifts, warmup_requests
+from pdserve.cluster.planner.stationarity import FloatArray, Flow, batch_means, steady_spans
 from pdserve.proto.errors import ConfigError
 from pdserve.proto.types import SLO, RequestTiming
 
@@ -40,7 +40,6 @@ MAX_CORRELATION = 0.1
 """Between neighbouring batches; above it they are made longer."""
 
 TOO_CORRELATED = 0.4
-MAX_TAIL_SHARE = 0.2
 MIN_MIXED_BATCHES = 5
 
 
@@ -171,20 +170,8 @@ class Judged:
 
 
 def judge(runs: Sequence[Outcomes], slo_class: int | None = None) -> list[Judged]:
-    """Cuts warm-up and tail from all runs, and what is of another class. The warm-up is as long in all; the tail are
-    requests so late that what they ran beside was going away, by the 95th percentile of the time that requests took, at
-    most a fifth of the run."""
-    drifts = load_drifts([outcomes.flow for outcomes in runs])
-    start = 0 if drifts else warmup_requests([outcomes.flow.backlog for outcomes in runs])
-    spans = []
-    for outcomes in runs:
-        num = len(outcomes)
-        took_s = float(np.quantile(outcomes.end_s - outcomes.arrival_s, 0.95, method="lower"))
-        last = int(np.searchsorted(outcomes.arrival_s, outcomes.arrival_s[-1] - took_s))
-        if drifts:
-            early_s = outcomes.arrival_s[0] + outcomes.flow.early_took_s()
-            start = min(int(np.searchsorted(outcomes.arrival_s, early_s)), int(MAX_TAIL_SHARE * num))
-        spans.append((start, max(last, math.ceil((1 - MAX_TAIL_SHARE) * num))))
+    """Cuts warm-up and tail from all runs (`steady_spans`), and what is of another class."""
+    spans = steady_spans([outcomes.flow for outcomes in runs])
     chosen = [_chosen(outcomes, first, last, slo_class) for outcomes, (first, last) in zip(runs, spans, strict=True)]
     return [
         _judged(outcomes, rows, first, len(outcomes) - last)

@@ -79,7 +79,7 @@ class ClassReport:
 @dataclass(frozen=True, slots=True)
 class Phase:
     """Where the time of requests went. `share_of_misses` is of the requests that missed a target: those in which this
-    phase is the one that took the most beyond its own median."""
+    phase is the one that took the most beyond its own median; after the first token, by its time a token."""
 
     name: str
     mean_ms: float

@@ -166,7 +166,8 @@ class _Search:
             before, center = center, self._moved(center, wide, near, found)
             if found is None and center < before and not self.bracket.is_feasible(before):
                 return self._infeasible()
-            self.flattered = found[0] if verdict is Verdict.TOO_SHORT and found is not None else None
+            is_run = found is not None and before * (1 - 2 * wide) <= found[0].rate <= before * (1 + wide)
+            self.flattered = found[0] if verdict is Verdict.TOO_SHORT and found is not None and is_run else None
             if verdict is Verdict.GROWING:
                 center = min(center, before * (1 - wide))
             elif verdict is Verdict.TOO_SHORT and center >= before:
@@ -262,7 +263,8 @@ class _Search:
         return self._report(0.0, 0.0, rate, reason, failing=names)
 
     def _unrefined(self, center: float) -> Goodput:
-        """What the runs that were too short say, as far down as they may flatter; else what the bracket knows."""
+        """What the runs that were too short say, as far down as they may flatter; else what the bracket knows. They say
+        nothing of rates far from theirs: a curve through hits alone crosses the target anywhere."""
         rate, low, high = min(max(center, self.bracket.low), self.bracket.high), self.bracket.low, self.bracket.high
         known = "the interval is that of the rates whose side is clear"
         if self.flattered is not None and self.flattered.low > 0.0 and self.flattered.high < math.inf:

@@ -1,7 +1,7 @@
 """One run of a set-up as figures: latencies, phases, how busy workers were, and how far off the targets are.
 
-The start of the run is left out, as the system was empty, and its end, as nothing came later to run beside. Requests
-that failed have no latencies; they count as misses.
+Of the run the same requests are judged as for its attainment: without the start, as the system was empty, and without
+the end, as nothing came later to run beside. Requests that failed have no latencies; they count as misses.
 Knows nothing of the simulator: it is given what each request saw.
 """
 
@@ -16,13 +16,12 @@ import numpy as np
 
 from pdserve.cluster.planner.findings import QUANTILES, Phase, Picture, Target
 from pdserve.cluster.planner.goodput import COMPLETION
-from pdserve.cluster.planner.stationarity import FloatArray
+from pdserve.cluster.planner.stationarity import FloatArray, Flow, steady_spans
 
 BEFORE_FIRST_TOKEN = ("admission", "prefill queue", "prefill")
 AFTER_FIRST_TOKEN = ("transfer", "decode queue", "decode")
 PHASES = (*BEFORE_FIRST_TOKEN, *AFTER_FIRST_TOKEN)
 
-WARMUP_SHARE, TAIL_SHARE = 0.3, 0.2
 MAX_STRETCH = 100.0
 
 Work: TypeAlias = tuple[str, float, float]
@@ -31,10 +30,12 @@ Work: TypeAlias = tuple[str, float, float]
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What became of a request. `ttft_ms` is `None` for one that failed, `tpot_ms` for an answer of one token; `target`
-    is which of the targets it is for. `phases_ms` are those of `PHASES`."""
+    """What became of a request. `end_s` is when it left, infinite if it never did. `ttft_ms` is `None` for one that
+    failed, `tpot_ms` for an answer of one token; `target` is which of the targets it is for. `phases_ms` are those of
+    `PHASES`."""
 
     at_s: float
+    end_s: float
     num_prompt_tokens: int
     num_output_tokens: int
     target: int
@@ -49,7 +50,9 @@ class Run:
     def __init__(self, seen: Sequence[Seen], targets: Sequence[Target]) -> None:
         assert seen, "a run without requests"
         self.targets = tuple(targets)
-        kept = seen[math.floor(WARMUP_SHARE * len(seen)) : math.ceil((1 - TAIL_SHARE) * len(seen))]
+        flow = Flow(np.array([one.at_s for one in seen]), np.array([one.end_s for one in seen]))
+        ((first, last),) = steady_spans([flow])
+        kept = seen[first:last]
         self.kept = kept
         self.begin_s, self.end_s = kept[0].at_s, kept[-1].at_s
         self.span_s = max(self.end_s - self.begin_s, 1e-9)
@@ -117,7 +120,8 @@ class Run:
         return self.ttft_ms[of_class] / target.ttft_ms, self.tpot_ms[of_class] / target.tpot_ms
 
     def _phases(self) -> tuple[Phase, ...]:
-        """A miss of TTFT is for what comes before the first token, one of TPOT alone for what comes after."""
+        """A miss of TTFT is for what comes before the first token, one of TPOT alone for what comes after. That is by
+        the time a token: a long answer decodes for long and is in time."""
         rows = [index for index, one in enumerate(self.kept) if one.phases_ms]
         if not rows:
             return ()
@@ -126,8 +130,10 @@ class Run:
         tpot_targets = np.array([target.tpot_ms for target in self.targets])[self.target]
         is_late, is_slow = self.ttft_ms > ttft_targets, self.tpot_ms > tpot_targets
         # What never takes time is to blame for nothing, even where all else is below its median.
-        beyond = np.where(times.max(axis=0) > 0, times - np.median(times, axis=0), -np.inf)
-        num_before = len(BEFORE_FIRST_TOKEN)
+        num_before, weighed = len(BEFORE_FIRST_TOKEN), times.copy()
+        num_gaps = np.array([max(1, self.kept[index].num_output_tokens - 1) for index in rows])
+        weighed[:, num_before:] /= num_gaps[:, np.newaxis]
+        beyond = np.where(times.max(axis=0) > 0, weighed - np.median(weighed, axis=0), -np.inf)
         worst = np.where(
             is_late[rows], beyond[:, :num_before].argmax(axis=1), num_before + beyond[:, num_before:].argmax(axis=1)
         )

@@ -4,6 +4,7 @@
     climb     from the best of each kind, split and colocated: one step in one size or policy at a time
     compare   what is still close, with the sizes found, longer runs and new seeds
     finish    the best of each kind and what cannot be told from it: the goodput with its interval, with new seeds
+    look      what of those is shown beside their goodput: one run at it, as long as the runs that found it
 
 Set-ups are compared on the same requests (common random numbers): each stage has one seed for all of them. Whoever wins
 a stage was partly lucky in it, so that its figures are too good (the winner's curse); therefore every stage has seeds
@@ -17,16 +18,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 
 from pdserve.cluster.planner.bracket import Bracket
 from pdserve.cluster.planner.climb import Climber
 from pdserve.cluster.planner.findings import Setup
 from pdserve.cluster.planner.goodput import Goodput
+from pdserve.cluster.planner.looks import as_seen, shared_out
 from pdserve.cluster.planner.setups import Choices, Key, key_of, place_of, with_sizes
 from pdserve.cluster.planner.trials import Evaluate, Found, Hunt, Job, Probe, View
 
-SCREEN_SHARE, CLIMB_SHARE, COMPARE_SHARE, PICTURE_SHARE = 0.27, 0.15, 0.15, 0.05
+SCREEN_SHARE, CLIMB_SHARE, COMPARE_SHARE, PICTURE_SHARE = 0.27, 0.15, 0.15, 0.1
 """Of the budget. The rest is for the finish, and so is what a stage leaves."""
 
 PROBES_EACH = 4
@@ -37,8 +38,8 @@ COARSE = 1.35
 NUM_COMPARED = 5
 NUM_FINALISTS = 3
 CLOSE = 0.93
-USELESS = 3.0
-"""A goodput whose interval is wider says less than the short runs do."""
+USELESS, LONGER = 3.0, 2.0
+"""A goodput whose interval is wider says less than the short runs do, unless its runs were so many times as long."""
 
 NUM_SPLIT_CLIMBERS = 1
 MAX_CLIMB_ROUNDS = 5
@@ -66,7 +67,7 @@ EFFORTS = {
     effort.name: effort
     for effort in (
         Effort("quick", 120_000, 0.15, 500, 3, 3, 5),
-        Effort("normal", 400_000, 0.10, 1_000, 5, 5, 10),
+        Effort("normal", 700_000, 0.10, 1_000, 5, 5, 10),
         Effort("thorough", 2_000_000, 0.04, 2_000, 10, 15, 40),
     )
 }
@@ -304,7 +305,7 @@ class _Search:
         ranked = tuple(
             Ranked(
                 setup=seen[index].setup,
-                goodput=goodputs[index],
+                goodput=as_seen(goodputs[index], view),
                 is_refined=place_of(seen[index].setup) in self._compared or key_of(seen[index].setup) in self._found,
                 view=view,
                 failure=self._failure(seen[index], view),
@@ -330,14 +331,15 @@ class _Search:
         return (found.failure if found is not None else "") or (view.failure if view is not None else "")
 
     def _goodput(self, bracket: Bracket) -> Goodput:
-        """The finish's; if that came to nothing for want of requests, the rate that short runs say, as uncertain as the
-        finish found it."""
+        """The finish's; if that came to nothing for want of requests, and its runs were hardly longer than the ones
+        before, the rate that these say, as uncertain as the finish found it."""
         found = self._found.get(key_of(bracket.setup))
         if found is None:
             return bracket.goodput()
         goodput = found.goodput
         is_bounded = goodput.high <= USELESS * goodput.low
-        if is_bounded or goodput.failing:
+        longest = max(view.num_requests for view in bracket.views.values())
+        if is_bounded or goodput.failing or found.run_requests >= LONGER * longest:
             return goodput
         rough = bracket.goodput()
         return replace(
@@ -354,17 +356,16 @@ class _Search:
     def _pictures(self, brackets: Sequence[Bracket], rates: Sequence[float]) -> list[View | None]:
         """A run at each one's rate; for those that reached the end a longer one, with a new seed for all."""
         views: list[View | None] = []
-        jobs: list[Probe] = []
-        for bracket, rate in zip(brackets, rates, strict=True):
-            at = rate or min(bracket.views)
-            views.append(bracket.views.get(at))
-            if key_of(bracket.setup) in self._found and rate:
-                length = self._length(bracket.setup, self._effort.compare_times)
-                jobs.append(Probe(bracket.setup, rate, self._stage_seed(4), length))
-        spent = accumulate(job.num_requests for job in jobs)
-        fitting = [job for job, so_far in zip(jobs, spent, strict=True) if so_far <= self._left]
-        for job, view in zip(fitting, self._views("last look", fitting), strict=True):
-            position = next(index for index, one in enumerate(brackets) if one.setup is job.setup)
+        wanted: dict[int, int] = {}
+        for position, (bracket, rate) in enumerate(zip(brackets, rates, strict=True)):
+            views.append(bracket.views.get(rate or min(bracket.views)))
+            found = self._found.get(key_of(bracket.setup))
+            if found is not None and rate:
+                wanted[position] = max(self._length(bracket.setup, self._effort.compare_times), found.run_requests)
+        lengths = shared_out(wanted, self._left)
+        seed = self._stage_seed(4)
+        jobs = [Probe(brackets[position].setup, rates[position], seed, num) for position, num in lengths.items()]
+        for position, view in zip(lengths, self._views("last look", jobs), strict=True):
             views[position] = view
         return views
 

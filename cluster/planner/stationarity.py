@@ -34,6 +34,7 @@ NUM_BATCHES = 40
 MIN_BATCH_REQUESTS = 5
 MSER_BATCH_REQUESTS = 5
 MIN_WARMUP_PART = 20
+MAX_TAIL_SHARE = 0.2
 
 # Lag-1 correlation of the batch means of one run's backlog at saturation: mean 0.80, standard deviation 0.11, the same
 # for 500 to 16,000 requests, for Poisson and for bursty arrivals. The margin is some five deviations.
@@ -185,6 +186,27 @@ def warmup_requests(backlogs: Sequence[FloatArray]) -> int:
     errors[1:][sums[1:] <= 0] = np.inf
     cut = int(np.argmin(errors[: num_batches // 2 + 1])) * MSER_BATCH_REQUESTS
     return max(cut, shortest // MIN_WARMUP_PART)
+
+
+def steady_spans(flows: Sequence[Flow]) -> list[tuple[int, int]]:
+    """Of each run the first request that is judged and the first that no longer is: without warm-up and tail.
+
+    The warm-up is as long in all; the tail are requests so late that what they ran beside was going away, by the 95th
+    percentile of the time that requests took, at most a fifth of the run. Where the load itself drifts there is no
+    steady state to warm up to: only the first requests go, which found the system nearly empty.
+    """
+    drifts = load_drifts(flows)
+    start = 0 if drifts else warmup_requests([flow.backlog for flow in flows])
+    spans = []
+    for flow in flows:
+        num = len(flow.arrival_s)
+        took_s = float(np.quantile(flow.end_s - flow.arrival_s, 0.95, method="lower"))
+        last = int(np.searchsorted(flow.arrival_s, flow.arrival_s[-1] - took_s))
+        if drifts:
+            early_s = flow.arrival_s[0] + flow.early_took_s()
+            start = min(int(np.searchsorted(flow.arrival_s, early_s)), int(MAX_TAIL_SHARE * num))
+        spans.append((start, max(last, math.ceil((1 - MAX_TAIL_SHARE) * num))))
+    return spans
 
 
 def load_drifts(flows: Sequence[Flow]) -> bool:

@@ -47,6 +47,15 @@ class Stop:
 Action = Fail | Flip | Start | Stop
 
 
+@dataclass(frozen=True, slots=True)
+class Undone:
+    """What somebody wanted at that moment and what did not happen."""
+
+    at_s: float
+    action: Action
+    why: str
+
+
 class Steering(Protocol):
     """Whoever changes the fleet."""
 
@@ -57,7 +66,7 @@ class Steering(Protocol):
     def act(self, now_s: float, loads: Sequence[WorkerLoad], num_queued: int) -> Sequence[Action]:
         """At that moment, with the last load of every live worker and the length of the router's queue.
 
-        What cannot be done is ignored.
+        Of orders to one worker the last one counts. What cannot be done is ignored, and told in the end.
         """
         ...
 
@@ -67,6 +76,11 @@ class Script:
 
     def __init__(self, actions: Iterable[tuple[float, Action]] = ()) -> None:
         self._actions = sorted(actions, key=lambda one: one[0], reverse=True)
+
+    @property
+    def left(self) -> tuple[tuple[float, Action], ...]:
+        """What is to happen yet, in order of time."""
+        return tuple(reversed(self._actions))
 
     def next_s(self) -> float:
         return self._actions[-1][0] if self._actions else math.inf

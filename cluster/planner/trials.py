@@ -71,11 +71,13 @@ class View:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The goodput of a set-up. `failure` says why requests failed where no rate will do."""
+    """The goodput of a set-up. `failure` says why requests failed where no rate will do; `run_requests` is how long the
+    longest run near the goodput was, 0 if that is not known."""
 
     goodput: Goodput
     extrapolated: tuple[str, ...]
     failure: str = ""
+    run_requests: int = 0
 
     @property
     def num_requests(self) -> int:

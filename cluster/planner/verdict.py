@@ -13,15 +13,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pdserve.cluster.planner.findings import Finding, Phase, Target, at
+from pdserve.cluster.planner.findings import Finding, Target, at
 from pdserve.cluster.planner.goodput import COMPLETION, Goodput
-from pdserve.cluster.planner.picture import AFTER_FIRST_TOKEN, PHASES
+from pdserve.cluster.planner.misses import why_missed
+from pdserve.cluster.planner.picture import PHASES
 from pdserve.proto.types import Role
 
 UNKNOWN = 1.0
 """Half of an interval's logarithm, where there is no interval."""
-
-NOTEWORTHY = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,25 +142,8 @@ def _where_time_goes(findings: Sequence[Finding]) -> list[str]:
         parts = [f"{phases[name].mean_ms:,.0f} ms {name}" for name in PHASES if name in phases]
         token = f", {at(picture.tpot_ms, 0.5):.3g} ms a token" if picture.tpot_ms else ""
         lines.append(f"{finding.setup.name} at {picture.rate:.3g}/s, a mean request: {', '.join(parts)}{token}")
-        guilty = max(picture.phases, key=lambda phase: phase.share_of_misses)
-        if guilty.share_of_misses >= NOTEWORTHY:
-            lines.append(f"{finding.setup.name} misses by: {_guilt(finding, guilty)}")
-    return lines
-
-
-def _guilt(finding: Finding, phase: Phase) -> str:
-    share = f"{phase.name} in {phase.share_of_misses:.0%} of the misses"
-    if not finding.setup.is_split and phase.name in AFTER_FIRST_TOKEN:
-        return f"{share}; prompts of others hold up its tokens (interference)"
-    if phase.name == "admission":
-        return f"{share}; all workers have as many requests as they may run, so that others wait at the router"
-    if phase.name == "decode":
-        return f"{share}; more decode workers would help"
-    if phase.name in ("transfer", "decode queue"):
-        return f"{share}; the link or the decode workers' memory is short"
-    if finding.setup.is_split:
-        return f"{share}; more prefill workers would help"
-    return f"{share}; prompts wait for their turn"
+        lines.append(why_missed(finding))
+    return [line for line in lines if line]
 
 
 def _worst_split(findings: Sequence[Finding]) -> list[str]:

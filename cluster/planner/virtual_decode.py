@@ -84,6 +84,10 @@ class VirtualDecode:
         self._carry_out(self._table.peer_gone(peer.worker_id, peer.generation, self._clock.now_s))
 
     @property
+    def num_reservations(self) -> int:
+        return len(self._table)
+
+    @property
     def is_idle(self) -> bool:
         return not len(self._table)
 

@@ -36,7 +36,8 @@ class VirtualEngine:
         self._shape_of = shape_of if self._standing is None else self._standing.shape_of
         self.pool = scheduler.pool
         self.sequence_type = CountingSequence if isinstance(self.pool, CountingPool) else Sequence
-        self.busy_s = 0.0
+        self._busy_s = 0.0  # in steps that have ended
+        self._since_s: float | None = None  # when the step under way began
         self._clock = clock
         self._duration_s = duration_s
         self._on_turn = on_turn
@@ -48,8 +49,14 @@ class VirtualEngine:
         self.num_prefix_hit_tokens = 0
         self._is_dead = False
 
+    @property
+    def busy_s(self) -> float:
+        """How long it has computed until now, of the step under way, too."""
+        return self._busy_s if self._since_s is None else self._busy_s + (self._clock.now_s - self._since_s)
+
     def die(self) -> None:
         """Nothing happens any more, and nobody hears of the step under way."""
+        self._busy_s, self._since_s = self.busy_s, None
         self._is_dead = True
 
     def post(self, command: Command) -> None:
@@ -75,12 +82,14 @@ class VirtualEngine:
                 continue
             if self._standing is not None and self._standing.only_goes_on:
                 duration_s = self._duration_s(self._standing.go_on())
+                self._since_s = self._clock.now_s
                 self._clock.after(duration_s, self._went_on, self._standing, duration_s)
                 return
             plan = scheduler.schedule(self._clock.now_s)
             shape = self._shape_of(plan)
             if shape.num_decodes or shape.num_prefill_tokens:
                 duration_s = self._duration_s(shape)
+                self._since_s = self._clock.now_s
                 self._clock.after(duration_s, self._computed, plan, duration_s)
                 return
             self._publish(StepResult.of(plan, Committed(), 0.0))
@@ -91,7 +100,8 @@ class VirtualEngine:
     def _computed(self, plan: StepPlan, duration_s: float) -> None:
         if self._is_dead:
             return
-        self.busy_s += duration_s
+        self._busy_s += duration_s
+        self._since_s = None
         done = self.scheduler.commit(plan, (TOKEN,) * len(plan.sampled), self._clock.now_s)
         self._publish(StepResult.of(plan, done, duration_s))
         self._turn()
@@ -100,7 +110,8 @@ class VirtualEngine:
         """What `_computed` would come to for a step in which nothing was decided."""
         if self._is_dead:
             return
-        self.busy_s += duration_s
+        self._busy_s += duration_s
+        self._since_s = None
         standing.went_on(self._clock.now_s)
         num_tokens = standing.num_running
         self._publish(StepResult((), (), (), num_tokens, 0, num_tokens, 0, 0, duration_s, Limit.NONE))

@@ -1,14 +1,13 @@
 """The workers of a simulation: made from a configuration and profiles, lost, replaced, turned, started and stopped.
 
-Which profile a worker has is by its name, else by its role: `{"decode-1": slow, "decode": fast, ...}`. Two workers use
-the first kind of link that the configuration prefers and both profiles have; `HOST_LINKS` only within one host. Knows
-nothing of requests.
+What each of them runs on is `virtual_machines`'. Of orders to one worker the last one counts; what of them was not
+carried out is kept, with the reason. Knows nothing of requests.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple, Protocol
@@ -16,12 +15,13 @@ from typing import NamedTuple, Protocol
 from pdserve.cluster.config import ClusterConfig
 from pdserve.cluster.planner.clock import Clock
 from pdserve.cluster.planner.counting_pool import CountingPool
-from pdserve.cluster.planner.profile import LinkCost, Profile
+from pdserve.cluster.planner.profile import Profile
 from pdserve.cluster.planner.standing import StandingScheduler, are_rules_known
-from pdserve.cluster.planner.steering import Action, Fail, Flip, Start, Steering
+from pdserve.cluster.planner.steering import Action, Fail, Flip, Start, Steering, Stop, Undone
 from pdserve.cluster.planner.step_model import Extrapolation, StepModel
 from pdserve.cluster.planner.step_shape import Company, StepShape
 from pdserve.cluster.planner.virtual_links import VirtualLinks
+from pdserve.cluster.planner.virtual_machines import Post, Profiles, VirtualMachines
 from pdserve.cluster.planner.virtual_worker import SWEEP_S, Listener, Surroundings, VirtualWorker
 from pdserve.engine.block_pool import BlockPool
 from pdserve.engine.config import EngineConfig
@@ -29,10 +29,6 @@ from pdserve.engine.scheduler import Scheduler
 from pdserve.kv_transfer.lease import LeaseTimes
 from pdserve.proto.errors import ConfigError
 from pdserve.proto.types import KVLayout, Role, WorkerInfo, WorkerRef
-
-HOST_LINKS = frozenset({"loopback", "shm", "cuda_ipc"})
-
-Profiles = Mapping[str, Profile] | Mapping[Role, Profile]
 
 
 class FleetListener(Listener, Protocol):
@@ -85,12 +81,13 @@ class VirtualFleet:
         self.workers: dict[str, VirtualWorker] = {}
         self.gone: list[VirtualWorker] = []
         self._config = config
-        self._profiles = {str(name): profile for name, profile in profiles.items()}
+        self._machines = VirtualMachines(profiles, config.kv_transfer.links, choice.workers_per_host)
         self._clock = clock
         self._listener = listener
         self._choice = choice
-        self._costs: dict[tuple[str, str], LinkCost] = {}
-        self._hosts: dict[str, int] = {}
+        self._is_over = False
+        self._undone: list[Undone] = []
+        self._wishes: dict[str, tuple[float, Flip | Stop]] = {}  # what drains are for, by worker, with their moments
         self._models: dict[int, StepModel] = {}  # by the identity of the profile: two may have one name
         self._is_exact = choice.is_exact or not are_rules_known()
         self._under_way: dict[int, dict[str, _Step]] = defaultdict(dict)  # by host, of workers that disturb others
@@ -99,19 +96,35 @@ class VirtualFleet:
         self._around = Surroundings(
             clock=clock,
             links=self.links,
-            link_of=self._link,
+            link_of=self._machines.link,
             workers=self.workers,
             lease_times=LeaseTimes(transfer.lease_s, transfer.offer_retry_s),
             timeouts=transfer.timeouts,
             listener=listener,
         )
         for name, role in self._names():
-            self._place_on_host(name)
+            self._machines.place(name, role)
             self._join(name, role, 1)
-        self._check_links()
+
+    def check(self, actions: Iterable[Action]) -> None:
+        """That the workers can do their work, now and in the roles that these actions, in order of time, give them.
+
+        Raises:
+            ConfigError: one has no profile, no pool or no link.
+        """
+        now = [Post(self._machines[name], worker.info.role) for name, worker in self.workers.items()]
+        to_come = list(self._machines.foreseen(actions))
+        for post in to_come:
+            try:
+                _num_blocks(self._config.engine_for(post.role), post.machine.profile)
+            except ConfigError as error:
+                raise ConfigError(f"{post.why}{error.message}") from error
+        self._machines.check_links([*now, *to_come])
 
     def steer(self, steering: Steering) -> None:
         """Ask now and at its next moment."""
+        if self._is_over:
+            return
         now_s = self._clock.now_s
         loads = [worker.load for worker in self.workers.values() if worker.has_load]
         for action in steering.act(now_s, loads, self._listener.num_queued):
@@ -120,34 +133,61 @@ class VirtualFleet:
         if next_s < float("inf"):
             self._clock.at(max(now_s, next_s), self.steer, steering)
 
+    def end(self) -> tuple[Undone, ...]:
+        """Steered no more, for the last request has ended: what did not happen until now."""
+        self._is_over = True
+        for name in list(self._wishes):
+            self._withdraw(name, "it still had requests, or was on its way, when the last request of all had ended")
+        return tuple(self._undone)
+
     def _carry_out(self, action: Action) -> None:
         if isinstance(action, Start):
-            self._start(action.role)
+            name = self._machines.place_another(action.role)
+            self._clock.after(self._machines[name].profile.startup_s, self._join, name, action.role, 1)
             return
         worker = self.workers.get(action.worker_id)
         if worker is None:
-            return
-        if isinstance(action, Fail):
+            is_known = action.worker_id in self._machines
+            self._leave_undone(action, "it was not alive then" if is_known else "there is no such worker")
+        elif isinstance(action, Fail):
             self._lose(worker, action.back_after_s)
-        elif not isinstance(action, Flip):
-            worker.drain(0.0, self._leave)
-        elif action.role is not worker.info.role:
-            flip_s = self._profile(action.worker_id, worker.info.role).flip_s
-            worker.drain(flip_s, partial(self._turned, role=action.role))
+        else:
+            self._send_away(worker, action)
 
-    def _start(self, role: Role) -> None:
-        """One more, under the first name that nobody ever had."""
-        ordinal = 0
-        while (name := f"{role}-{ordinal}") in self._hosts:
-            ordinal += 1
-        self._place_on_host(name)
-        self._clock.after(self._profile(name, role).startup_s, self._join, name, role, 1)
+    def _send_away(self, worker: VirtualWorker, wish: Flip | Stop) -> None:
+        """From its role; or back to it, if it was to leave it."""
+        name, has_role = worker.worker_id, isinstance(wish, Flip) and wish.role is worker.info.role
+        before = self._wishes.get(name)
+        if before is None and has_role:
+            self._leave_undone(wish, f"it was a {worker.info.role} worker already")
+            return
+        if before is not None and before[1] == wish:
+            self._leave_undone(wish, "it was on its way already")
+            return
+        self._withdraw(name, "a later order took its place")
+        if has_role and not worker.is_emptied:
+            worker.stay()
+            return
+        self._wishes[name] = self._clock.now_s, wish
+        if isinstance(wish, Flip):
+            worker.drain(self._machines[name].profile.flip_s, partial(self._turned, role=wish.role))
+        else:
+            worker.drain(0.0, self._leave)
+
+    def _withdraw(self, name: str, why: str) -> None:
+        wish = self._wishes.pop(name, None)
+        if wish is not None:
+            self._undone.append(Undone(*wish, why))
+
+    def _leave_undone(self, action: Action, why: str) -> None:
+        self._undone.append(Undone(self._clock.now_s, action, why))
 
     def _leave(self, worker: VirtualWorker) -> None:
         """It is empty; but a request may be on its way to it still."""
         if self._listener.needs(worker):
             worker.drain(SWEEP_S, self._leave)
             return
+        self._wishes.pop(worker.worker_id, None)
         self._listener.left(worker)
         self._bury(worker)
 
@@ -156,8 +196,10 @@ class VirtualFleet:
         engine, scheduler = self._config.engine_for(role), worker.engine.scheduler
         scheduler.max_num_seqs, scheduler.max_num_batched_tokens = engine.max_num_seqs, engine.max_num_batched_tokens
         worker.info = replace(worker.info, role=role)
+        self._wishes.pop(worker.worker_id, None)
 
     def _lose(self, worker: VirtualWorker, back_after_s: float) -> None:
+        self._withdraw(worker.worker_id, "it died before")
         self._bury(worker)
         self._listener.lost(worker)
         for other in self.workers.values():
@@ -171,25 +213,15 @@ class VirtualFleet:
         del self.workers[name]
         self.gone.append(worker)
         worker.die()
-        self._under_way[self._hosts[name]].pop(name, None)
-
-    def _place_on_host(self, name: str) -> None:
-        num_placed = len(self._hosts)
-        self._hosts[name] = num_placed // (self._choice.workers_per_host or num_placed + 1)
+        self._under_way[self._machines[name].host].pop(name, None)
 
     def _names(self) -> Iterator[tuple[str, Role]]:
         for role in Role:
             for ordinal in range(self._config.replicas(role)):
                 yield f"{role}-{ordinal}", role
 
-    def _profile(self, name: str, role: Role) -> Profile:
-        profile = self._profiles.get(name) or self._profiles.get(str(role))
-        if profile is None:
-            raise ConfigError(f"profile: there is none for {role} workers")
-        return profile
-
     def _join(self, name: str, role: Role, generation: int) -> None:
-        profile, engine = self._profile(name, role), self._config.engine_for(role)
+        profile, engine = self._machines[name].profile, self._config.engine_for(role)
         num_blocks = _num_blocks(engine, profile)
         max_model_len = min(engine.max_model_len or profile.max_model_len, num_blocks * engine.block_size + 1)
         prefix_caching = engine.prefix_caching and self._choice.are_prompts_shared
@@ -216,7 +248,7 @@ class VirtualFleet:
         if model is None:
             model = self._models[id(profile)] = StepModel(profile)
         see, clock = self.extrapolation.see, self._clock
-        under_way = self._under_way[self._hosts[name]]
+        under_way = self._under_way[self._machines[name].host]
 
         def duration_s(shape: StepShape) -> float:
             see(model, shape)
@@ -238,35 +270,6 @@ class VirtualFleet:
             return duration_s
         under_way[name] = NO_STEP
         return beside_others_s
-
-    def _link(self, source_id: str, target_id: str) -> LinkCost:
-        """Of the slower side."""
-        cost = self._costs.get((source_id, target_id))
-        if cost is not None:
-            return cost
-        ways = [self._profile(name, self.workers[name].info.role).links for name in (source_id, target_id)]
-        is_near = self._hosts[source_id] == self._hosts[target_id]
-        kinds = (kind for kind in self._config.kv_transfer.links if is_near or kind not in HOST_LINKS)
-        kind = next((kind for kind in kinds if all(kind in way for way in ways)), None)
-        if kind is None:
-            where = "both profiles" if is_near else "both profiles for workers on different hosts"
-            raise ConfigError(f"kv_transfer.links: none of {self._config.kv_transfer.links} is in {where}")
-        cost = LinkCost(
-            latency_s=max(way[kind].latency_s for way in ways),
-            bandwidth_bytes_per_s=min(way[kind].bandwidth_bytes_per_s for way in ways),
-        )
-        self._costs[source_id, target_id] = cost
-        return cost
-
-    def _check_links(self) -> None:
-        """Of one pair of each two hosts and profiles: what cannot work is said before anything runs."""
-        sides: dict[Role, dict[tuple[int, int], str]] = {role: {} for role in Role}
-        for name, worker in self.workers.items():
-            role = worker.info.role
-            sides[role].setdefault((self._hosts[name], id(self._profile(name, role))), name)
-        for source_id in sides[Role.PREFILL].values():
-            for target_id in sides[Role.DECODE].values():
-                self._link(source_id, target_id)
 
 
 def _num_blocks(engine: EngineConfig, profile: Profile) -> int:

@@ -15,7 +15,7 @@ from pdserve.engine.plan import ComputedPart
 from pdserve.kv_transfer.effects import FreeBlocks, QuarantineBlocks
 from pdserve.kv_transfer.lease import HandoffFailed, LeaseEffects, LeaseTimes, SendOffer, StopPrefill
 from pdserve.kv_transfer.leases import LeaseTable
-from pdserve.proto.errors import PdserveError
+from pdserve.proto.errors import ConfigError, PdserveError
 from pdserve.proto.types import HandoffId, KVPart, KVTicket, WorkerInfo, WorkerRef, WorkerRequest
 
 
@@ -61,9 +61,17 @@ class VirtualPrefill:
     def abort(self, handoff: HandoffId, reason: str) -> None:
         self._carry_out(self._leases.abort(handoff, reason, self._clock.now_s))
 
+    def finished(self, handoff: HandoffId) -> None:
+        """The request ended here."""
+        self.abort(handoff, "the request has ended")
+
     def peer_gone(self, peer: WorkerRef) -> None:
         """That process died: nobody will redeem what is kept for it."""
         self._carry_out(self._leases.peer_gone(peer.worker_id, peer.generation, self._clock.now_s))
+
+    @property
+    def num_leases(self) -> int:
+        return len(self._leases.leases)
 
     @property
     def is_idle(self) -> bool:
@@ -105,6 +113,8 @@ class VirtualPrefill:
         kind = message = ""
         try:
             self._offer(offer.target, ticket, part)
+        except ConfigError:
+            raise  # no answer of the target's: this cluster cannot be simulated
         except PdserveError as error:
             kind, message = type(error).__name__, error.message
         self._carry_out(self._leases.offer_ended(offer.id, offer.part, self._clock.now_s, kind, message))

@@ -31,6 +31,13 @@ SWEEP_S = 1.0
 Emptied = Callable[["VirtualWorker"], None]
 
 
+@dataclass(slots=True, eq=False)
+class _Drain:
+    after_s: float
+    emptied: Emptied
+    is_under_way: bool = False  # the worker was empty, and what comes of it is on its way
+
+
 class Listener(Protocol):
     """Who hears of a worker: the router."""
 
@@ -78,8 +85,7 @@ class VirtualWorker:
         self._load: WorkerLoad | None = None
         self._step_s = 0.0
         self._is_dead = False
-        self._draining: tuple[float, Emptied] | None = None
-        self._is_emptied = False  # what was to come of it is under way
+        self._draining: _Drain | None = None
         self._started_s = self._clock.now_s
         self._is_sweeping = False
         self.engine.post(_nothing)
@@ -97,12 +103,27 @@ class VirtualWorker:
             self._load = worker_load(self.info, self._turn, self._step_s, draining=self._draining is not None)
         return self._load
 
+    @property
+    def is_emptied(self) -> bool:
+        """Whether it has drained, and waits for what is to come of it."""
+        return self._draining is not None and self._draining.is_under_way
+
+    @property
+    def num_handoffs(self) -> int:
+        """Leases and reservations."""
+        return self._prefill.num_leases + self._decode.num_reservations
+
     def drain(self, after_s: float, emptied: Emptied) -> None:
-        """Take nothing new; `emptied(self)`, so long after the last request here has ended. One under way goes on."""
-        if self._draining is None:
-            self._draining = (after_s, emptied)
-            self._keep_sweeping()
-            self.engine.post(_nothing)
+        """Take nothing new; `emptied(self)`, so long after the last request here has ended. One under way is given up
+        for it."""
+        self._draining = _Drain(after_s, emptied)
+        self._keep_sweeping()
+        self.engine.post(_nothing)
+
+    def stay(self) -> None:
+        """Drain no more."""
+        self._draining = None
+        self.engine.post(_nothing)
 
     def die(self) -> None:
         """Now, whatever it holds."""
@@ -170,21 +191,23 @@ class VirtualWorker:
             for one in step.sequences:
                 if one.position < 2 or one.finish is not None:
                     self._listener.token(self, one)
+                if one.finish is not None:  # if with its first token, then there is nothing to hand off
+                    self._prefill.finished(one.sequence.request.id)
         self._decode.turn_ended(turn)
         self._listener.load_arrived(self)
         if self._draining is not None:
-            self._look_if_empty(*self._draining)
+            self._look_if_empty(self._draining)
 
-    def _look_if_empty(self, after_s: float, emptied: Emptied) -> None:
+    def _look_if_empty(self, drain: _Drain) -> None:
         is_idle = self._prefill.is_idle and self._decode.is_idle
-        if is_idle and not self.engine.scheduler.has_work and not self._is_emptied:
-            self._is_emptied = True
-            self._clock.after(after_s, self._emptied, emptied)
+        if is_idle and not self.engine.scheduler.has_work and not drain.is_under_way:
+            drain.is_under_way = True
+            self._clock.after(drain.after_s, self._emptied, drain)
 
-    def _emptied(self, emptied: Emptied) -> None:
-        if not self._is_dead:
-            self._draining, self._is_emptied = None, False
-            emptied(self)
+    def _emptied(self, drain: _Drain) -> None:
+        if not self._is_dead and self._draining is drain:
+            self._draining = None
+            drain.emptied(self)
             self.engine.post(_nothing)
 
     def _keep_sweeping(self) -> None:
@@ -204,7 +227,7 @@ class VirtualWorker:
             peer = self._peer(source)
             for lost in handoffs if peer is None else peer._prefill.renew(handoffs):
                 self._decode.lost(lost)
-        if self._draining is not None and not self._is_emptied:
+        if self._draining is not None and not self._draining.is_under_way:
             self.engine.post(_nothing)  # looks whether it is empty
         if self._draining is not None or not (self._prefill.is_idle and self._decode.is_idle):
             self._keep_sweeping()

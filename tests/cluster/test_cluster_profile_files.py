@@ -30,6 +30,18 @@ def test_single_workers_may_have_profiles_of_their_own(tmp_path: Path) -> None:
     }
 
 
+def test_a_profile_of_no_role_is_that_of_every_role_of_those_without_workers_too(tmp_path: Path) -> None:
+    one, slow = write(tmp_path, "one.json"), write(tmp_path, "slow.json", name="slow")
+    found = read_fleet([one, f"prefill={slow}"], SETTINGS)
+    assert list(found.by_name) == ["prefill", "decode"]
+    assert {name: profile.name for name, profile in found.ever.items()} == {
+        "prefill": "slow",
+        "decode": "made up",
+        "mixed": "made up",
+    }
+    assert set(read_fleet([f"prefill={one}", f"decode={one}"], SETTINGS).ever) == {"prefill", "decode"}
+
+
 def test_a_worker_that_is_not_there_is_refused(tmp_path: Path) -> None:
     one = write(tmp_path, "one.json")
     with pytest.raises(ConfigError, match="there is no worker decode-2; there are prefill-0, decode-0, decode-1"):

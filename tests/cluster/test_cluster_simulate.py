@@ -49,6 +49,16 @@ def test_the_report_is_that_of_real_load_with_the_workers_and_where_their_figure
     assert sum(phases.values()) == pytest.approx(found["e2e"]["mean_ms"], rel=0.1)
 
 
+def test_an_answer_of_one_token_is_over_with_its_prompt_as_in_a_cluster(profile: Path) -> None:
+    """The prefill worker gives it, and nothing is handed on."""
+    found = simulated(profile, "--workload", "synthetic?prompt=200&output=1", "--request-rate", "40")
+    phases = found["phase_means_ms"]
+    assert phases["transfer"] == phases["decode"] == 0.0
+    assert phases["queue"] >= 0.0
+    assert phases["prefill"] > 0.0
+    assert sum(phases.values()) == pytest.approx(found["e2e"]["mean_ms"], rel=0.35)
+
+
 def test_the_same_seed_gives_the_same_report_and_another_rate_another(profile: Path) -> None:
     first, again = (simulated(profile, "--workload", "short", "--seed", "3") for _ in range(2))
     assert first == again
@@ -166,3 +176,48 @@ def test_prompts_that_were_cut_to_the_models_context_are_told_of(profile: Path) 
     for prompt, is_cut in (("100000", True), ("100", False)):
         done = invoke("--profile", str(profile), "--workload", f"synthetic?prompt={prompt}&output=8&rate=1")
         assert (cut in done.stdout) == is_cut, done.output
+
+
+SHORT = ("--workload", "synthetic?prompt=100&output=20", "--request-rate", "10")
+ONLY_MIXED = ("--set", "prefill.replicas=0", "--set", "decode.replicas=0", "--set", "mixed.replicas=2")
+NOBODY_READY = {"no prefill and no decode worker is ready", "no decode worker is ready"}
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        (*ONLY_MIXED, "--flip", "mixed-0@2=prefill", "--flip", "mixed-1@2=decode"),
+        ("--flip", "decode-0@1=mixed", "--flip", "decode-0@3=decode"),
+    ],
+    ids=["to roles that nobody had", "there and back"],
+)
+def test_a_profile_counts_for_a_worker_in_any_role(profile: Path, asked: tuple[str, ...]) -> None:
+    found = simulated(profile, *SHORT, *asked, "--num-prompts", "200")
+    assert found["num_completed"] > 150
+    assert set(found["errors"]) <= NOBODY_READY
+    assert found["num_completed"] + sum(found["errors"].values()) == 200
+
+
+def test_deaths_and_turns_that_did_not_happen_are_told(profile: Path) -> None:
+    turns = ("--flip", "decode-1@1=prefill", "--flip", "decode-1@1.001=decode", "--flip", "decode-1@3.5=mixed")
+    asked = ("--set", "decode.replicas=2", *turns, "--fail", "decode-1@3", "--fail", "decode-0@1e9+30")
+    notes = simulated(profile, *SHORT, *asked)["notes"][1:]  # the first is of the model's name
+    told = [
+        "--flip decode-1@1=prefill did not happen: a later order took its place",
+        "--flip decode-1@3.5=mixed did not happen: it was not alive then",
+        "--fail decode-0@1000000000+30 did not happen: the last request had ended at ",
+    ]
+    assert len(notes) == len(told)
+    assert all(note.startswith(words) for note, words in zip(notes, told, strict=True))
+    shown = " ".join(invoke("--profile", str(profile), *SHORT, *asked).stdout.split())
+    assert all(words.strip() in shown for words in told)
+
+
+def test_no_worker_is_busy_for_longer_than_the_simulation(profile: Path) -> None:
+    """The last step outlives the last request, which missed its deadline."""
+    late = ("--workload", "synthetic?prompt=8000&output=5", "--request-rate", "100", "--num-prompts", "3")
+    settings = ("--set", "engine.max_num_batched_tokens=8192", "--set", "router.default_timeout_s=0.5")
+    found = invoke("--profile", str(profile), "--json", *late, *settings)
+    assert found.exit_code == 1
+    busy = json.loads(found.stdout)["busy"]
+    assert 0.9 < busy["prefill-0"] <= 1.0

@@ -5,12 +5,14 @@ from __future__ import annotations
 from concurrent.futures import Future
 from typing import Any
 
+import numpy as np
 import pytest
 from planner_setups import make_profile
 
 from pdserve.cluster import tune_pool
 from pdserve.cluster.planner.findings import Setup, Target
 from pdserve.cluster.planner.fleets import fleets_of, parse_split
+from pdserve.cluster.planner.picture import AFTER_FIRST_TOKEN
 from pdserve.cluster.planner.setup_config import deadline_s
 from pdserve.cluster.planner.setups import Choices, start
 from pdserve.cluster.planner.trials import Found, Hunt, Probe, View
@@ -66,6 +68,31 @@ def test_energy_is_for_what_workers_did_while_requests_came() -> None:
     assert set(busy) == {"mixed-0", "mixed-1"}
     assert all(share > 0.95 for share in busy.values())
     assert all(share < 0.2 for share in view("synthetic?prompt=16&output=2&rate=1", 2.0, 100).picture.busy.values())
+
+
+def test_where_answers_are_of_one_token_decode_workers_idle_and_nothing_is_handed_on() -> None:
+    found = perform(Probe(setup("1P1D"), 20.0, 1, 300), problem("synthetic?prompt=200&output=1&rate=1"))
+    assert isinstance(found, View)
+    assert found.picture.busy["prefill-0"] > 0.1
+    assert found.picture.busy["decode-0"] == 0.0
+    after = [phase for phase in found.picture.phases if phase.name in AFTER_FIRST_TOKEN]
+    assert [(phase.mean_ms, phase.share_of_misses) for phase in after] == [(0.0, 0.0)] * 3
+
+
+def test_latencies_are_of_the_requests_that_the_attainment_is_of() -> None:
+    """Answers take long and the system fills for as long: how much of the run that is is one rule for both."""
+    for rate, tpot_ms in ((6.0, 18.0), (6.0, 22.0), (7.0, 22.0), (7.0, 26.0)):
+        targets = (Target("all", 500.0, tpot_ms, 0.9),)
+        found = view("synthetic?prompt=64&output=400&rate=1", rate, 300, targets=targets)
+        share = np.mean([value <= tpot_ms for value in found.picture.tpot_ms[:99]])
+        assert share == pytest.approx(found.attainment.tpot, abs=0.02)
+
+
+def test_a_hunt_says_how_long_its_runs_were() -> None:
+    tight = (Target("all", 500.0, 8.0, 0.9),)
+    found = perform(Hunt(setup("2M"), 100.0, 1, 0.15, 12_000), problem("synthetic?prompt=32&output=32&rate=1", tight))
+    assert isinstance(found, Found)
+    assert 100 <= found.run_requests < found.num_requests
 
 
 def test_a_deadline_does_not_decide_what_a_set_up_can_do() -> None:

@@ -43,7 +43,7 @@ def script(*actions: tuple[float, Action]) -> Script:
 
 def assert_clean(outcome: Outcome, num_requests: int) -> None:
     assert len(outcome.records) == num_requests
-    assert set(outcome.blocks_left.values()) == {0}
+    assert set(outcome.blocks_left.values()) == set(outcome.handoffs_left.values()) == {0}
 
 
 def test_a_slower_worker_of_a_role_gets_fewer_requests() -> None:

@@ -252,6 +252,23 @@ def test_what_is_left_is_not_spent_on_runs_that_are_shorter_than_such_as_were_to
     assert found.rate < 1.0
 
 
+def test_runs_that_are_too_short_say_nothing_of_rates_far_beyond_theirs() -> None:
+    """Nearly all hits, up to a rate beyond which most miss; requests stay for so long that the backlog wanders."""
+    edge = 1.2
+
+    def run(rate: float, seed: int, num_requests: int) -> Outcomes:
+        random = np.random.default_rng(seed)
+        arrival_s = np.cumsum(random.exponential(1 / rate, num_requests))
+        is_late = random.random(num_requests) < (0.01 * rate if rate < edge else 0.6)
+        end_s = arrival_s + random.exponential(1_000.0, num_requests)
+        return Outcomes(arrival_s, end_s, ~is_late, np.ones(num_requests, dtype=np.bool_))
+
+    found = find_goodput(run, 0.9, seed=0, precision=0.1, max_requests=60_000)
+    assert found.is_spent
+    assert found.low <= edge
+    assert found.rate <= 1.1 * edge
+
+
 def test_a_class_that_never_comes_promises_nothing() -> None:
     found = find_goodput(of_classes((5.0, 5.0), (1.0, 0.0)), (0.9, 0.9), seed=1, precision=0.15, max_requests=8_000)
     assert found.low == 0.0

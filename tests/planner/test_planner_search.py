@@ -11,11 +11,11 @@ import pytest
 from planner_queues import exponential_times, single_server
 from planner_setups import make_profile
 
-from pdserve.cluster.planner.attainment import Outcomes, measure
+from pdserve.cluster.planner.attainment import Attainment, Outcomes, measure
 from pdserve.cluster.planner.caveats import caveats
 from pdserve.cluster.planner.findings import Finding, Picture, Setup, Target
 from pdserve.cluster.planner.fleets import Limit, fleets_of
-from pdserve.cluster.planner.goodput import find_goodput
+from pdserve.cluster.planner.goodput import Goodput, find_goodput
 from pdserve.cluster.planner.search import EFFORTS, Candidate, Effort, Ranked, Searched, search
 from pdserve.cluster.planner.setups import Choices, start, wanted
 from pdserve.cluster.planner.stationarity import Flow
@@ -28,6 +28,7 @@ ONE_SERVER = 1 - math.log(1 / (1 - SHARE)) / LIMIT_S
 """About the rate at which nine tenths of an M/M/1 queue's requests wait less than that: P(W > t) = r exp(-(1-r)t)."""
 
 QUICK = EFFORTS["quick"]
+UNKNOWN = Attainment(math.nan, 0.0, 1.0, 0, 0, 0, 0, math.nan, math.nan, False, "")
 Speed = Callable[[Setup], float]
 
 
@@ -188,6 +189,43 @@ def test_what_is_reported_was_measured_with_seeds_that_chose_nothing() -> None:
     assert len(seeds) >= 4
     assert all(len(some) == 1 for some in seeds), "all set-ups of a stage see the same requests"
     assert len(set.union(*seeds)) == len(seeds)
+
+
+@pytest.mark.parametrize(("run_requests", "num_looked_at"), [(0, 500), (2_500, 2_500), (1_000_000, 6_000)])
+def test_what_is_shown_of_a_goodput_is_a_run_as_long_as_those_that_found_it(
+    run_requests: int, num_looked_at: int
+) -> None:
+    """As far as requests are left: at least a tenth of them all, for three at most."""
+
+    class Longer(Queues):
+        def _hunt(self, job: Hunt) -> Found:
+            return replace(super()._hunt(job), run_requests=run_requests)
+
+    queues = Longer(balanced(3))
+    found = search(candidates(balanced(3)), queues, QUICK)
+    looks = [job for job in queues.stages["last look"] if isinstance(job, Probe)]
+    hunted = [job.setup.name for job in queues.stages["measuring the best"]]
+    assert sorted(job.setup.name for job in looks) == sorted(hunted)
+    assert min(job.num_requests for job in looks) >= min(num_looked_at, QUICK.max_requests // 10 // len(looks))
+    for one in found.ranked:
+        if one.setup.name in hunted:
+            assert one.view is not None
+            assert one.goodput.attainment_at_rate == one.view.attainment
+
+
+@pytest.mark.parametrize(("run_requests", "is_kept"), [(500, False), (100_000, True)])
+def test_a_goodput_of_unknown_interval_counts_where_its_runs_were_much_longer_than_the_ones_before(
+    run_requests: int, is_kept: bool
+) -> None:
+    unbounded = Goodput(11.0, 0.0, 60.0, UNKNOWN, 4_000, 9, (), "the budget was spent", is_spent=True)
+
+    class Unbounded(Queues):
+        def _hunt(self, job: Hunt) -> Found:
+            return Found(unbounded, (), run_requests=run_requests)
+
+    found = search(candidates(balanced(3)), Unbounded(balanced(3)), QUICK)
+    assert (found.ranked[0].goodput.rate == unbounded.rate) == is_kept
+    assert found.ranked[0].goodput.is_spent
 
 
 def test_where_no_rate_will_do_the_report_says_so_and_shows_what_was_nearest() -> None:

@@ -104,7 +104,7 @@ def test_every_request_ends_once_and_every_block_comes_back(sizes: tuple[int, in
     assert sorted(record.arrival.at_s for record in outcome.records) == [arrival.at_s for arrival in arrivals]
     assert {record.failure for record in outcome.records} == {""}
     assert all(record.num_output_tokens == record.arrival.max_tokens for record in outcome.records)
-    assert set(outcome.blocks_left.values()) == {0}
+    assert set(outcome.blocks_left.values()) == set(outcome.handoffs_left.values()) == {0}
 
 
 def test_the_same_seed_gives_the_same_and_another_one_another() -> None:
@@ -118,7 +118,7 @@ def test_small_pools_evict_and_still_everything_ends() -> None:
     short = [Arrival(arrival.at_s, min(arrival.num_prompt_tokens, 600), 100) for arrival in traffic(rate=30.0)]
     outcome = run(config, short)
     assert {record.failure for record in outcome.records} == {""}
-    assert set(outcome.blocks_left.values()) == {0}
+    assert set(outcome.blocks_left.values()) == set(outcome.handoffs_left.values()) == {0}
 
 
 def test_under_overload_requests_are_refused_or_miss_their_deadline_and_leave_nothing() -> None:
@@ -128,7 +128,7 @@ def test_under_overload_requests_are_refused_or_miss_their_deadline_and_leave_no
     assert "the router's queue is full" in failures
     assert "the deadline passed" in failures
     assert len(outcome.records) == 400
-    assert set(outcome.blocks_left.values()) == {0}
+    assert set(outcome.blocks_left.values()) == set(outcome.handoffs_left.values()) == {0}
     assert all(record.timing().last_token_s is None for record in outcome.records if record.failure)
     refused = [record for record in outcome.records if record.failure == "the router's queue is full"]
     assert all(record.end_s == record.arrival.at_s for record in refused)

@@ -35,6 +35,7 @@ def assert_equal(exact: Outcome, fast: Outcome) -> None:
     assert fast.num_preemptions == exact.num_preemptions
     assert fast.num_kv_bytes == exact.num_kv_bytes
     assert set(fast.blocks_left.values()) == {0}
+    assert set(exact.handoffs_left.values()) == set(fast.handoffs_left.values()) == {0}
 
 
 @pytest.mark.parametrize("sizes", SIZES)
@@ -59,6 +60,7 @@ def test_standing_changes_nothing(sizes: tuple[int, int, int], num_blocks: int |
     max_num_seqs=st.integers(2, 40),
     rate=st.sampled_from([3.0, 30.0, 300.0]),
     timeout_s=st.sampled_from([0.5, 600.0]),
+    output=st.sampled_from([Lengths(12, 40), Lengths(1, 1), Lengths(1, 30)]),
 )
 def test_standing_changes_nothing_whatever_is_scarce(
     sizes: tuple[int, int, int],
@@ -68,8 +70,10 @@ def test_standing_changes_nothing_whatever_is_scarce(
     max_num_seqs: int,
     rate: float,
     timeout_s: float,
+    output: Lengths,
 ) -> None:
-    arrivals = list(synthesize(Workload(Lengths(20, 60), Lengths(12, 40), rate), 40, np.random.default_rng(seed)))
+    """Answers of one token too: nothing is handed off for those."""
+    arrivals = list(synthesize(Workload(Lengths(20, 60), output, rate), 40, np.random.default_rng(seed)))
     engine = {"num_blocks": num_blocks, "block_size": block_size, "max_num_seqs": max_num_seqs}
     config = make_config(
         *sizes, engine={**engine, "max_num_batched_tokens": 64}, router={"default_timeout_s": timeout_s}

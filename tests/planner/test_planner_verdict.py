@@ -99,7 +99,7 @@ def test_the_ratio_of_two_intervals_is_narrower_than_their_ends_say() -> None:
 
 def seen(ttft_ms: float | None, tpot_ms: float | None, *, guilty: str = "", target: int = 0) -> Seen:
     phases = tuple(500.0 if name == guilty else 10.0 for name in PHASES)
-    return Seen(0.0, 100, 10, target, ttft_ms, tpot_ms, phases if ttft_ms is not None else ())
+    return Seen(0.0, 0.0, 100, 10, target, ttft_ms, tpot_ms, phases if ttft_ms is not None else ())
 
 
 def run_of(*some: Seen, targets: tuple[Target, ...] = TARGETS) -> Run:
@@ -137,6 +137,26 @@ def test_a_miss_is_put_down_to_the_phase_that_took_the_most_beyond_its_median_be
     shares = {phase.name: phase.share_of_misses for phase in picture.phases}
     assert shares["prefill queue"] == shares["transfer"] == 0.5
     assert sum(shares.values()) == 1.0
+
+
+def test_a_slow_token_is_put_down_to_its_phase_by_the_time_a_token_not_by_how_long_the_answer_is() -> None:
+    """Short answers that miss TPOT decode for less than the median, which is that of long ones in time."""
+    times_ms = dict.fromkeys(PHASES, 10.0)
+    long = Seen(0.0, 0.0, 100, 201, 0, 100.0, 25.0, tuple((times_ms | {"decode": 5_000.0}).values()))
+    short = Seen(0.0, 0.0, 100, 11, 0, 100.0, 61.0, tuple((times_ms | {"decode": 570.0, "transfer": 40.0}).values()))
+    picture = run_of(*[long] * 8, short, short).picture(3.0, {})
+    (guilty,) = [phase.name for phase in picture.phases if phase.share_of_misses]
+    assert guilty == "decode"
+
+
+def test_a_run_is_judged_from_where_its_backlog_is_full_on_however_long_that_takes() -> None:
+    """As its attainment is: the first 400 of 1,000 requests fill the system, and are in time."""
+    filling = [
+        Seen(float(n), n + min(n, 400.0) + 0.5, 100, 10, 0, 100.0 if n < 400 else 900.0, 20.0) for n in range(1000)
+    ]
+    run = Run(filling, TARGETS)
+    assert run.begin_s >= 400.0
+    assert min(run.picture(1.0, {}).ttft_ms) == 900.0
 
 
 def test_workers_are_as_busy_as_they_were_while_requests_came() -> None:
