@@ -12,7 +12,6 @@ It owns what must go away with the cluster: the private Ray (which dies with it,
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import json
 import logging
 import os
@@ -42,17 +41,17 @@ from pdserve.proto.types import Role
 logger = logging.getLogger(__name__)
 ROUTER_START_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 15.0
+END_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # from the first moment on: ending is in order
     draft, status_fd = Path(sys.argv[1]), int(sys.argv[2])
-    folder = draft.parent
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     with os.fdopen(status_fd, "w", buffering=1) as status:
         try:
             config = ClusterConfig.model_validate_json(draft.read_text())
-            with _lock(folder, config.name), _ray_session(config, status) as private_ray:
+            with _lock(config.name), _ray_session(config, status) as private_ray:
                 asyncio.run(_serve(config, private_ray, status))
         except PdserveError as error:
             logger.error("%s", error.message)
@@ -71,7 +70,7 @@ async def _serve(config: ClusterConfig, private_ray: bool, status: TextIO) -> No
     """Start everything, say ready, wait for a signal, stop everything."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in END_SIGNALS:
         loop.add_signal_handler(number, stop.set)
     namespace = f"pdserve-{config.name}"
     plans = _plan(config)
@@ -112,10 +111,20 @@ async def _serve(config: ClusterConfig, private_ray: bool, status: TextIO) -> No
     except RayError as error:
         raise StartupError(f"the controller failed: {' '.join(str(error).split())[:300]}") from error
     finally:
+        for number in END_SIGNALS:
+            loop.remove_signal_handler(number)
+        _end_undisturbed()
         state.forget(config.name)
         await _stop_router(router, router_stop_s(config))
         await _stop_controller(controller)
         _kill_orphans(namespace)
+
+
+def _end_undisturbed() -> None:
+    """From here on everything is taken down, and another signal should not cut that short. Whoever waits kills what
+    hangs, and sweeps up: Ray's shutdown brings the default handler back."""
+    for number in END_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def router_stop_s(config: ClusterConfig) -> float:
@@ -226,15 +235,11 @@ async def _stop_router(router: asyncio.subprocess.Process | None, timeout_s: flo
 
 
 @contextmanager
-def _lock(folder: Path, name: str) -> Iterator[None]:
-    """Held for the life of the cluster, by the kernel: a killed head leaves no stale lock."""
-    with (folder / "head.lock").open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigError(
-                f"name: a cluster named {name!r} is already running; `pdserve down --name {name}`"
-            ) from error
+def _lock(name: str) -> Iterator[None]:
+    """Held for the life of the cluster."""
+    with state.lock(name) as is_ours:
+        if not is_ours:
+            raise ConfigError(f"name: a cluster named {name!r} is already running; `pdserve down --name {name}`")
         yield
 
 
@@ -258,6 +263,7 @@ def _ray_session(config: ClusterConfig, status: TextIO) -> Iterator[bool]:
             signal.signal(signal.SIGTERM, signal.default_int_handler)
             yield private
         finally:
+            _end_undisturbed()
             ray.shutdown()
 
 
@@ -273,10 +279,8 @@ def _init_ray(config: ClusterConfig, options: dict[str, Any]) -> None:
 @contextmanager
 def _ray_folder(name: str) -> Iterator[Path]:
     """A short path for Ray's sockets and logs, removed at the end; so is one that a killed head has left."""
-    note = state.state_dir(name) / "ray-folder"
-    if note.exists():
-        shutil.rmtree(note.read_text(), ignore_errors=True)
-    folder = Path(tempfile.mkdtemp(prefix="pdserve-"))
+    state.remove_ray_folder(name)
+    note, folder = state.ray_folder_note(name), Path(tempfile.mkdtemp(prefix="pdserve-"))
     try:
         note.write_text(str(folder))
         yield folder

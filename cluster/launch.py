@@ -52,6 +52,7 @@ def launched(
         except BaseException:
             if not stop_process(head.pid, stop_timeout_s):
                 raise PdserveError(f"head process {head.pid} does not end") from None
+            state.sweep(config.name)
             raise
 
 
@@ -112,6 +113,7 @@ def stop(name: str) -> None:
     if not stop_process(cluster.head_pid, cluster.stop_timeout_s):
         raise StartupError(f"head process {cluster.head_pid} does not end; see {state.state_dir(name) / 'head.log'}")
     state.forget(name)
+    state.sweep(name)
 
 
 def stop_process(pid: int, timeout_s: float = STOP_TIMEOUT_S) -> bool:

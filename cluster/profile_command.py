@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import gzip
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,18 +19,20 @@ from rich.console import Console
 from pdserve.cluster import launch, profiling_clusters, state
 from pdserve.cluster import profiling_profile as finding
 from pdserve.cluster.config import DEFAULT_CONFIG, ClusterConfig, load_config
+from pdserve.cluster.interruptible import end_as_if_interrupted
 from pdserve.cluster.planner import profile as profiles
 from pdserve.cluster.planner.profile import MAX_PROFILE_CHARS, LinkCost, Overheads
 from pdserve.cluster.planner.public_facts import Conversion
 from pdserve.cluster.planner.public_profiles import convert as convert_public
 from pdserve.cluster.profile_files import read_profile
+from pdserve.cluster.profile_options import check_asked, destination, model_name, require_destination
 from pdserve.cluster.profiling_clusters import MeasuredPair, MeasuredSteps, Say
-from pdserve.cluster.profiling_links import fit_handoffs
+from pdserve.cluster.profiling_links import fit_handoffs, thin_links
 from pdserve.cluster.profiling_prices import PowerDecodeW, PowerIdleW, PowerPrefillW, PricePerGpuHour, Prices
 from pdserve.cluster.profiling_profile import Finding, Identity, Surroundings
 from pdserve.cluster.profiling_run import LoneCost, watch_steps
 from pdserve.cluster.session_groups import warn_of_starved_clients
-from pdserve.cluster.whole_files import require_writable, write_whole
+from pdserve.cluster.whole_files import write_whole
 from pdserve.proto.errors import ConfigError, StartupError
 from pdserve.proto.types import KVLayout, Role
 
@@ -43,14 +44,21 @@ MAX_PUBLIC_BYTES = 64 << 20
 
 
 def profile(
-    config: Annotated[Path, typer.Option("--config", "-c", help="Cluster configuration (YAML).")] = DEFAULT_CONFIG,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", "-c", help="Cluster configuration (YAML).", show_default=str(DEFAULT_CONFIG)),
+    ] = None,
     override: Annotated[list[str] | None, typer.Option("--set", help="section.key=value; may be repeated.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write; default: NAME.json.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the profile; default: the model's.")] = None,
-    budget_s: Annotated[float, typer.Option(help="Seconds to measure for, or to watch.")] = DEFAULT_BUDGET_S,
-    flip_s: Annotated[float, typer.Option(min=0, help="Seconds of a role change, assumed.")] = ASSUMED_FLIP_S,
+    budget_s: Annotated[
+        float | None, typer.Option(help="Seconds to measure for, or to watch.", show_default=f"{DEFAULT_BUDGET_S:g}")
+    ] = None,
+    flip_s: Annotated[
+        float | None, typer.Option(help="Seconds of a role change, assumed; default: --base's, else 0.1.")
+    ] = None,
     hardware: Annotated[str | None, typer.Option(help="What the workers run on; default: this processor.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the prompts.")] = 0,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of the prompts.", show_default="0")] = None,
     from_cluster: Annotated[
         str | None, typer.Option(help="Fit to the steps that this running cluster takes meanwhile.")
     ] = None,
@@ -68,34 +76,36 @@ def profile(
 
     Starts clusters of its own on this machine; keep it otherwise idle meanwhile.
     """
+    end_as_if_interrupted()
     prices = Prices(price_per_gpu_hour, power_idle_w, power_prefill_w, power_decode_w)
-    if output is not None:
-        require_writable("--output", output)
+    asked = _Asked(name or None, hardware, budget_s or DEFAULT_BUDGET_S, flip_s, seed or 0, output)
+    ours = {"--config": config, "--set": override, "--seed": seed, "--budget-s": budget_s, "--flip-s": flip_s}
+    check_asked(ours | {"--hardware": hardware, "--from-cluster": from_cluster, "--base": base, "--convert": convert})
+    require_destination(output, asked.name)
     if convert is not None:
-        _write(_converted(convert, name), prices, output)
-        return
-    if not (math.isfinite(budget_s) and budget_s > 0):
-        raise ConfigError(f"--budget-s: {budget_s!r} is not a positive number of seconds")
-    if from_cluster is not None:
-        _write(_watched(from_cluster, base, budget_s, name, hardware), prices, output)
-        return
-    if base is not None:
-        raise ConfigError("--base: has a meaning with --from-cluster only; everything is measured here")
-    settings = load_config(config, override or [])
-    launch.check_model_dir(Path(settings.model))
-    warn_of_starved_clients()
-    with Console(stderr=True).status("starting") as spinner:
-        found = _measured(settings, _Asked(name, hardware, budget_s, flip_s, seed), spinner.update)
+        found = _converted(convert, asked.name)
+    elif from_cluster is not None:
+        found = _watched(from_cluster, base, asked)
+    else:
+        settings = load_config(config or DEFAULT_CONFIG, override or [])
+        launch.check_model_dir(Path(settings.model))
+        require_destination(output, asked.name or model_name(settings.model))
+        warn_of_starved_clients()
+        with Console(stderr=True).status("starting") as spinner:
+            found = _measured(settings, asked, spinner.update)
     _write(found, prices, output)
 
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
+    """`None` where nothing was."""
+
     name: str | None
     hardware: str | None
     budget_s: float
-    flip_s: float
+    flip_s: float | None
     seed: int
+    output: Path | None
 
 
 def _measured(settings: ClusterConfig, asked: _Asked, say: Say) -> Finding:
@@ -107,22 +117,27 @@ def _measured(settings: ClusterConfig, asked: _Asked, say: Say) -> Finding:
         request_s=steps.lone.request_s,
         token_s=steps.log.token_s(steps.lone),
     )
-    around = finding.surroundings_of(costs, overheads, steps.startup_s, asked.flip_s)
+    flip_s = ASSUMED_FLIP_S if asked.flip_s is None else asked.flip_s
+    around = finding.surroundings_of(costs, overheads, steps.startup_s, flip_s)
     timings = (*steps.log.timings, *(timing for pair in pairs.values() for timing in pair.log.timings))
     used = [role for role in Role if settings.replicas(role)]
     num_gpus = max(settings.pool(role).num_gpus for role in used)
     where = asked.hardware or f"{processor()}, {_cores(settings)} a worker"
-    identity = _identity(asked.name, Path(settings.model).name, where, steps.layout, num_gpus, steps)
+    identity = _identity(asked.name, model_name(settings.model), where, steps.layout, num_gpus, steps)
     origin = (
         f"pdserve profile: {len(timings)} steps of {sum(map(settings.replicas, used))} mixed workers and of a pair, "
         f"{steps.log.num_rounds} whole rounds in {asked.budget_s:g} s; links from hand-offs of pairs. "
         + "; ".join(_lone_words(kind, lone) for kind, lone in _lones(steps, pairs).items())
-        + f". Assumed, not measured: a role change in {asked.flip_s:g} s."
+        + f". {_assumed_words(flip_s)}"
     )
     found = finding.profile_of(identity, timings, around, origin)
     if not steps.log.num_rounds:
         missing.append("the budget ended before one round over the grid; raise --budget-s")
-    return Finding(found.profile, found.fit, found.notes, (*found.warnings, *missing))
+    return Finding(found.profile, found.fit, found.notes, (*found.warnings, *thin_links(costs), *missing))
+
+
+def _assumed_words(flip_s: float) -> str:
+    return f"Assumed, not measured: a role change in {flip_s:g} s."
 
 
 def _lones(steps: MeasuredSteps, pairs: dict[str, MeasuredPair]) -> dict[str, LoneCost]:
@@ -163,31 +178,37 @@ def _identity(
     )
 
 
-def _watched(cluster: str, base: str | None, budget_s: float, name: str | None, hardware: str | None) -> Finding:
+def _watched(cluster: str, base: str | None, asked: _Asked) -> Finding:
     """Fitted to the steps of whatever load a running cluster has."""
     running = state.require(cluster)
+    model = model_name(running.model)
+    require_destination(asked.output, asked.name or model)
     like = None if base is None else read_profile(base)
-    with Console(stderr=True).status(f"watching {cluster} for {budget_s:g} s"):
-        infos, timings = asyncio.run(watch_steps(running, budget_s))
+    with Console(stderr=True).status(f"watching {cluster} for {asked.budget_s:g} s"):
+        infos, timings = asyncio.run(watch_steps(running, asked.budget_s))
     info = infos[0]
     links: dict[str, LinkCost] = {} if like is None else like.links
+    flip_s = asked.flip_s if like is None or asked.flip_s is not None else like.flip_s
     around = Surroundings(
         links=links,
         overheads=Overheads() if like is None else like.overheads,
         startup_s=0.0 if like is None else like.startup_s,
-        flip_s=ASSUMED_FLIP_S if like is None else like.flip_s,
+        flip_s=ASSUMED_FLIP_S if flip_s is None else flip_s,
+        contention=None if like is None else like.contention,
     )
     rest = "not known, and left at 0" if like is None else f"those of {like.name}"
     identity = Identity(
-        name=name or Path(running.model).name,
-        model=Path(running.model).name,
-        hardware=hardware or processor(),
+        name=asked.name or model,
+        model=model,
+        hardware=asked.hardware or processor(),
         num_gpus=0.0 if like is None else like.num_gpus,
         kv_bytes_per_token=max(1, info.layout.block_bytes // info.layout.block_size),
         kv_capacity_tokens=info.num_blocks * info.layout.block_size,
         max_model_len=info.max_model_len,
     )
     origin = f"pdserve profile --from-cluster: {len(timings)} steps under its own load; links, overheads: {rest}."
+    if like is None or asked.flip_s is not None:
+        origin += f" {_assumed_words(around.flip_s)}"
     found = finding.profile_of(identity, timings, around, origin)
     if like is not None:
         costs = {"power": like.power, "price_per_gpu_hour": like.price_per_gpu_hour}
@@ -231,8 +252,8 @@ def _read_public(path: Path) -> str:
 def _write(found: Finding, prices: Prices, output: Path | None) -> None:
     text = profiles.dump(prices.filled_in(found.profile))
     assert len(text) <= MAX_PROFILE_CHARS
-    path = output or Path(f"{found.profile.name.replace('/', '-').replace(' ', '-')}.json")
-    write_whole("--output", path, text)
+    option, path = destination(output, found.profile.name)
+    write_whole(option, path, text)
     console = Console(width=None if sys.stdout.isatty() else 200)
     for line in (*found.fit, *found.notes, *overhead_lines(found)):
         console.print(line, highlight=False, markup=False)

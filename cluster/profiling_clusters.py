@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from pdserve.cluster import launch
+from pdserve.cluster import launch, state
 from pdserve.cluster.config import ClusterConfig
 from pdserve.cluster.placement import plan_workers
 from pdserve.cluster.profiling_links import Handoff
@@ -185,8 +185,17 @@ def handoff_sizes(limits: WorkerLimits, block_size: int) -> tuple[int, ...]:
 
 @contextmanager
 def running(config: ClusterConfig, progress: Say) -> Iterator[ClusterState]:
-    """Whatever happens, it is down afterwards."""
-    with launch.launched(config, progress) as (cluster, head):
-        yield cluster
-        if not launch.stop_process(head.pid, cluster.stop_timeout_s):
-            raise StartupError(f"head process {head.pid} does not end")
+    """Whatever happens, it is down afterwards, and its folder gone, for nobody asks for it again.
+
+    The folder stays where the head did not end, and where the cluster did not start: there the log says why.
+    """
+    head_pid: int | None = None
+    try:
+        with launch.launched(config, progress) as (cluster, head):
+            head_pid = head.pid
+            yield cluster
+            if not launch.stop_process(head.pid, cluster.stop_timeout_s):
+                raise StartupError(f"head process {head.pid} does not end")
+    finally:
+        if head_pid is not None and state.process_started(head_pid) is None:
+            state.remove(config.name)

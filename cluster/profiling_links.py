@@ -10,7 +10,7 @@ how hand-offs are provoked.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,6 +59,16 @@ def fit_handoffs(handoffs: Sequence[Handoff]) -> HandoffCost:
     bandwidth = min(FASTEST_BYTES_PER_S, 1.0 / slope) if slope > 0 else FASTEST_BYTES_PER_S
     return HandoffCost(
         link=LinkCost(latency_s=latency_s, bandwidth_bytes_per_s=bandwidth), fixed_s=max(0.0, total_s - latency_s)
+    )
+
+
+def thin_links(costs: Mapping[str, HandoffCost]) -> tuple[str, ...]:
+    """A warning for each kind of link whose hand-offs tell no bandwidth."""
+    return tuple(
+        f"thin: {kind} links: more bytes took no longer, so that their bandwidth is not known, and left at "
+        f"{FASTEST_BYTES_PER_S:.0e} bytes/s; raise --budget-s"
+        for kind, cost in costs.items()
+        if cost.link.bandwidth_bytes_per_s >= FASTEST_BYTES_PER_S
     )
 
 

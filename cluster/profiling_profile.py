@@ -6,12 +6,14 @@ Knows nothing of how anything was measured.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from pdserve.cluster.planner.contention_fit import as_if_alone
 from pdserve.cluster.planner.fit import StepFit, fit_steps
-from pdserve.cluster.planner.profile import LinkCost, Overheads, Profile, describe_fit
+from pdserve.cluster.planner.profile import Contention, LinkCost, Overheads, Profile, describe_fit
 from pdserve.cluster.planner.step_model import StepModel
 from pdserve.cluster.planner.step_sample import StepSample
+from pdserve.cluster.planner.step_shape import ALONE
 from pdserve.cluster.profiling_links import HandoffCost
 from pdserve.cluster.profiling_samples import Timing, bias_of, gap_of, samples_of, undisturbed
 from pdserve.proto.errors import ConfigError
@@ -36,12 +38,13 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """Everything of a profile that no step tells."""
+    """Everything of a profile that no step tells; `contention` counts where they do not tell it."""
 
     links: Mapping[str, LinkCost]
     overheads: Overheads
     startup_s: float
     flip_s: float
+    contention: Contention | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +82,10 @@ def profile_of(identity: Identity, timings: Sequence[Timing], around: Surroundin
         fit = fit_steps(samples)
     except ConfigError as error:
         raise ConfigError(f"{error.message} ({len(timings)} steps were recorded); raise --budget-s") from error
+    notes = list(_notes(timings, samples))
+    if fit.contention is None and around.contention is not None:
+        fit = _with_contention(samples, around.contention)
+        notes.append("these steps do not tell what company costs a step: that is the base's")
     profile = Profile(
         format=FORMAT,
         name=identity.name,
@@ -102,7 +109,13 @@ def profile_of(identity: Identity, timings: Sequence[Timing], around: Surroundin
         flip_s=around.flip_s,
     )
     warnings = [*_warnings(fit, profile, samples), *_disturbance(timings)]
-    return Finding(profile, describe_fit(profile), _notes(timings, samples), tuple(warnings))
+    return Finding(profile, describe_fit(profile), tuple(notes), tuple(warnings))
+
+
+def _with_contention(samples: Sequence[StepSample], contention: Contention) -> StepFit:
+    """What steps take alone where it is known what company costs them."""
+    alone = [replace(as_if_alone(sample, contention), company=ALONE) for sample in samples]
+    return replace(fit_steps(alone), contention=contention)
 
 
 def _notes(timings: Sequence[Timing], samples: Sequence[StepSample]) -> tuple[str, ...]:

@@ -181,26 +181,30 @@ def _undisturbed_s(times_s: Sequence[float]) -> float:
 
 
 async def watch_steps(cluster: ClusterState, budget_s: float) -> tuple[tuple[WorkerInfo, ...], list[Timing]]:
-    """What a running cluster's workers do meanwhile, and what they still remember.
+    """What a running cluster's workers do meanwhile.
 
     Raises:
-        Unavailable: a worker does not answer.
+        Unavailable: a worker does not answer, or none had anything to do.
     """
     infos = workers_of(cluster)
     reader = StepReader(info.worker.address for info in infos)
     records: list[list[StepRecord]] = [[] for _ in infos]
     deadline_s = time.monotonic() + budget_s
     try:
+        await reader.read()  # what came before is of another load, or of another time of this machine
         while True:
             for kept, new in zip(records, await reader.read(), strict=True):
                 kept.extend(new)
             left_s = deadline_s - time.monotonic()
             if left_s <= 0:
-                hosts = [info.host_id for info in infos]
-                return infos, [timing for of_worker in timings_of(records, hosts) for timing in of_worker]
+                break
             await asyncio.sleep(min(WATCH_S, left_s))
     finally:
         await reader.close()
+    if not any(records):
+        raise Unavailable(f"{cluster.name}: it served nothing meanwhile; send it load, of every kind that it will have")
+    hosts = [info.host_id for info in infos]
+    return infos, [timing for of_worker in timings_of(records, hosts) for timing in of_worker]
 
 
 def workers_of(cluster: ClusterState) -> tuple[WorkerInfo, ...]:

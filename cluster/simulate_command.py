@@ -26,7 +26,7 @@ from pdserve.cluster.planner.workload_spec import WorkloadSpec
 from pdserve.cluster.profile_files import FleetProfiles, other_model, read_fleet, worker_ids
 from pdserve.cluster.report_html import require_report, write_simulation
 from pdserve.cluster.report_story import name_of, picture_of, story_of
-from pdserve.cluster.simulation_report import render_workers, report_of
+from pdserve.cluster.simulation_report import beyond_notes, cut_notes, render_workers, report_of
 from pdserve.cluster.simulation_sums import (
     Spent,
     check_known,
@@ -39,7 +39,7 @@ from pdserve.cluster.simulation_sums import (
 )
 from pdserve.cluster.steering_options import parse_script, undone_notes
 from pdserve.cluster.tune_targets import targets_of
-from pdserve.cluster.workload_files import read_workload, share_beyond
+from pdserve.cluster.workload_files import read_workload
 from pdserve.proto.types import SLO
 
 DEFAULT_NUM_REQUESTS = 2000
@@ -100,8 +100,8 @@ def simulate(
     # What single workers of their own cost is not in the sums by role.
     spent = Spent(None, None) if fleet.by_worker else spent_of(outcome, settings, fleet.by_role)
     words = other_model(fleet.by_name.values(), settings)
-    before = (*_model_notes(words), *_cut_notes(whole, longest), *_course_notes(traffic, request_rate, num_prompts))
-    notes = (*before, *undone_notes(outcome, steering), *_domain_notes(outcome))
+    before = (*_model_notes(words), *cut_notes(whole, longest), *_course_notes(traffic, request_rate, num_prompts))
+    notes = (*before, *undone_notes(outcome, steering), *beyond_notes(outcome))
     done = _Done(name_of(settings), workload, seed, fleet, outcome, report, classes, spent, notes, took_s)
     if html is not None and lapse is not None:
         _write_report(done, lapse, html)
@@ -136,11 +136,6 @@ def _model_notes(words: str) -> tuple[str, ...]:
     return (f"{words}: step times are the profile's",) if words else ()
 
 
-def _cut_notes(whole: WorkloadSpec, longest: int) -> tuple[str, ...]:
-    cut = share_beyond(whole, longest)
-    return (f"{cut:.1%} of the requests are longer than {longest:,} tokens and were cut to it",) if cut else ()
-
-
 def _course_notes(traffic: WorkloadSpec, rate: float | None, num_requests: int) -> tuple[str, ...]:
     """Traffic that changes over a time that was not simulated."""
     course = traffic.course_requests(rate)
@@ -150,10 +145,6 @@ def _course_notes(traffic: WorkloadSpec, rate: float | None, num_requests: int) 
         f"{num_requests:,} requests are {num_requests / course:.0%} of the workload's course; --num-prompts {course} "
         "sees all of it, and whole_course in the workload lets it pass faster",
     )
-
-
-def _domain_notes(outcome: Outcome) -> tuple[str, ...]:
-    return tuple(f"beyond what was measured: {line}" for line in outcome.extrapolation.summary())
 
 
 def _write_report(done: _Done, lapse: Timelapse, path: Path) -> None:

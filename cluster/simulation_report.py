@@ -1,4 +1,4 @@
-"""What a simulation amounts to, in the report of real load and a table of its workers.
+"""What a simulation amounts to, in the report of real load, a table of its workers, and what limits both.
 
 The same sums judge both, so that a simulation and a cluster can be laid side by side. Knows nothing of how either ran.
 """
@@ -15,6 +15,8 @@ from pdserve.cluster.load_report import LoadReport, summarize
 from pdserve.cluster.planner.picture import Seen
 from pdserve.cluster.planner.simulation import Outcome
 from pdserve.cluster.planner.virtual_router import Record
+from pdserve.cluster.planner.workload_spec import WorkloadSpec
+from pdserve.cluster.workload_files import share_beyond
 from pdserve.proto.types import SLO
 
 
@@ -83,3 +85,14 @@ def render_workers(outcome: Outcome) -> Table:
     for name, share in outcome.busy.items():
         table.add_row(name, f"{share:.0%}")
     return table
+
+
+def cut_notes(whole: WorkloadSpec, longest: int) -> tuple[str, ...]:
+    """A line, if any of the workload's requests are longer than so many tokens."""
+    cut = share_beyond(whole, longest)
+    return (f"{cut:.1%} of the requests are longer than {longest:,} tokens and were cut to it",) if cut else ()
+
+
+def beyond_notes(outcome: Outcome) -> tuple[str, ...]:
+    """A line for each figure in which steps of the simulation were beyond what the profile's were measured at."""
+    return tuple(f"beyond what was measured: {line}" for line in outcome.extrapolation.summary())

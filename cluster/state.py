@@ -7,9 +7,13 @@ file that names a process which is gone counts as no cluster.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -84,6 +88,46 @@ def was_left(name: str) -> bool:
 
 def forget(name: str) -> None:
     (state_dir(name) / "cluster.json").unlink(missing_ok=True)
+
+
+def ray_folder_note(name: str) -> Path:
+    """Where the head of that name writes down which folder its Ray has."""
+    return state_dir(name) / "ray-folder"
+
+
+@contextmanager
+def lock(name: str) -> Iterator[bool]:
+    """Whether nobody else has it. A head holds it for its life, by the kernel: a killed one leaves no stale lock."""
+    with (state_dir(name) / "head.lock").open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def sweep(name: str) -> None:
+    """What a head that was killed could not take away itself; nothing while another one of that name lives."""
+    if not state_dir(name).is_dir():
+        return
+    with lock(name) as is_ours:
+        if is_ours:
+            remove_ray_folder(name)
+
+
+def remove_ray_folder(name: str) -> None:
+    """Of a head that is gone, by the note that it has left."""
+    note = ray_folder_note(name)
+    with suppress(FileNotFoundError):
+        shutil.rmtree(note.read_text(), ignore_errors=True)
+        note.unlink()
+
+
+def remove(name: str) -> None:
+    """The folder of a cluster that is down, with its log. What cannot be removed is left."""
+    sweep(name)
+    shutil.rmtree(state_dir(name), ignore_errors=True)
 
 
 def names() -> list[str]:

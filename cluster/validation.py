@@ -1,4 +1,4 @@
-"""How far a simulation is off what was measured, figure by figure, and whether it ranks set-ups as reality does. Pure.
+"""How far a simulation is off what was measured, figure by figure. Pure.
 
 Relative errors are of the simulation against the measurement; attainment is compared in points. Of several repeats the
 median counts, on both sides. Knows nothing of how either side came about.
@@ -6,9 +6,8 @@ median counts, on both sides. Knows nothing of how either side came about.
 
 from __future__ import annotations
 
-import itertools
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pdserve.cluster.load_report import LoadReport, Spread
@@ -16,8 +15,6 @@ from pdserve.cluster.load_report import LoadReport, Spread
 P50_LIMIT = 0.08
 P99_LIMIT = 0.15
 ATTAINMENT_LIMIT = 0.03
-TIE = 0.03
-"""Attainments closer than this are no order: neither side's sampling tells them apart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +24,10 @@ class Point:
     setup: str
     workload: str
     rate: float
+
+    @property
+    def words(self) -> str:
+        return f"{self.setup}, {self.workload} at {self.rate:g}/s"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,17 +73,6 @@ class Comparison:
         return all(figure.is_within for figure in self.figures)
 
 
-@dataclass(frozen=True, slots=True)
-class Order:
-    """The set-ups at one workload and rate by attainment, the best first. `swapped` pairs differ on purpose."""
-
-    workload: str
-    rate: float
-    real: tuple[str, ...]
-    simulated: tuple[str, ...]
-    swapped: tuple[tuple[str, str], ...]
-
-
 def compare(
     point: Point, real: Sequence[LoadReport], simulated: Sequence[LoadReport], step_errors: Sequence[float]
 ) -> Comparison:
@@ -116,34 +106,6 @@ def _relative(
 def _median(spreads: Sequence[Spread | None], percentile: str) -> float | None:
     known: list[float] = [getattr(spread, percentile) for spread in spreads if spread is not None]
     return statistics.median(known) if known else None
-
-
-def orders(comparisons: Iterable[Comparison]) -> tuple[Order, ...]:
-    """One for each workload and rate that more than one set-up was measured at."""
-    groups: dict[tuple[str, float], list[Comparison]] = {}
-    for comparison in comparisons:
-        groups.setdefault((comparison.point.workload, comparison.point.rate), []).append(comparison)
-    return tuple(_order(*key, group) for key, group in groups.items() if len(group) > 1)
-
-
-def _order(workload: str, rate: float, group: Sequence[Comparison]) -> Order:
-    real = {one.point.setup: one.attainment.real or 0.0 for one in group}
-    simulated = {one.point.setup: one.attainment.simulated or 0.0 for one in group}
-    swapped = [
-        pair
-        for pair in itertools.combinations(real, 2)
-        if _sign(real, pair) and _sign(simulated, pair) and _sign(real, pair) != _sign(simulated, pair)
-    ]
-    return Order(workload, rate, _ranked(real), _ranked(simulated), tuple(swapped))
-
-
-def _sign(attainments: Mapping[str, float], pair: tuple[str, str]) -> int:
-    gap = attainments[pair[0]] - attainments[pair[1]]
-    return 0 if abs(gap) <= TIE else (1 if gap > 0 else -1)
-
-
-def _ranked(attainments: Mapping[str, float]) -> tuple[str, ...]:
-    return tuple(sorted(attainments, key=lambda setup: (-attainments[setup], setup)))
 
 
 def _phases(real: Sequence[LoadReport], simulated: Sequence[LoadReport]) -> dict[str, tuple[float, float]]:

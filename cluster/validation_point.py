@@ -20,9 +20,12 @@ from pdserve.cluster.planner.source import OpenLoop
 from pdserve.cluster.planner.step_model import StepModel
 from pdserve.cluster.planner.step_sample import StepSample
 from pdserve.cluster.profiling_samples import Timing, samples_of
-from pdserve.cluster.simulation_report import report_of
+from pdserve.cluster.simulation_report import beyond_notes, report_of
 from pdserve.cluster.state import ClusterState
+from pdserve.cluster.validation import Point
+from pdserve.cluster.validation_notes import Beyond
 from pdserve.cluster.validation_run import MeasuredRun, measure
+from pdserve.proto.errors import ConfigError
 from pdserve.proto.types import SLO, Role
 
 
@@ -37,36 +40,80 @@ class Judgement:
 
 
 @dataclass(frozen=True, slots=True)
+class Asked:
+    """One run: the requests of a point, and the seed of what their prompts say."""
+
+    point: Point
+    arrivals: Sequence[Arrival]
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
 class Sides:
-    """One run as it was and as it was foretold. `step_error` is of the profile, over all steps that were taken."""
+    """One run as it was and as it was foretold. `step_error` is of the profile, over all steps that were taken;
+    `beyond` is what the simulation had to assume."""
 
     real: LoadReport
     simulated: LoadReport
     step_error: float
+    beyond: Beyond
 
 
 async def both_sides(
     cluster: ClusterState,
     settings: ClusterConfig,
     by_role: Mapping[Role, Profile],
-    arrivals: Sequence[Arrival],
+    asked: Asked,
     judgement: Judgement,
-    seed: int,
 ) -> Sides:
     """
     Raises:
         Unavailable: the cluster does not answer.
         ConfigError: with `refit`, a phase that had no step of its own.
     """
-    run = await measure(cluster, arrivals, seed, judgement.timeout_s)
-    every = [timing for timings in run.timings.values() for timing in timings]
-    samples = samples_of(every, with_disturbed=True) if judgement.refit else ()
-    used = {role: adapted(profile, samples) for role, profile in by_role.items()}
+    run = await measure(cluster, asked.arrivals, asked.seed, judgement.timeout_s)
+    if judgement.refit:
+        every = [timing for timings in run.timings.values() for timing in timings]
+        used = refitted(by_role, samples_of(every, with_disturbed=True), asked.point)
+    else:
+        used = {role: adapted(profile, ()) for role, profile in by_role.items()}
+    outcome = foretold(settings, used, asked.arrivals)
     return Sides(
         real=judged_real(run, judgement),
-        simulated=judged_simulated(foretold(settings, used, arrivals), judgement),
+        simulated=judged_simulated(outcome, judgement),
         step_error=step_error(used, run.timings),
+        beyond=beyond_of(outcome),
     )
+
+
+def refitted(by_role: Mapping[Role, Profile], samples: Sequence[StepSample], point: Point) -> dict[Role, Profile]:
+    """The profiles with the step times of one run.
+
+    Raises:
+        ConfigError: the run does not tell of both phases; names the point.
+    """
+    try:
+        if not samples:
+            raise ConfigError("no step was recorded")
+        return {role: adapted(profile, samples) for role, profile in by_role.items()}
+    except ConfigError as error:
+        raise ConfigError(f"--refit: {point.words}: {_lacking(samples) or error.message}") from error
+
+
+def _lacking(samples: Sequence[StepSample]) -> str:
+    """The phase that cannot be fitted, in the words of who asked for the run; empty where it is something else."""
+    if not samples:
+        return ""
+    if all(sample.shape.num_prefill_tokens for sample in samples):
+        return "the run had no decode step to take step times from; give longer answers, or leave --refit out"
+    if all(sample.shape.num_decodes for sample in samples):
+        return "the run had no prefill step to take step times from; give a lower rate, or leave --refit out"
+    return ""
+
+
+def beyond_of(outcome: Outcome) -> Beyond:
+    seen = outcome.extrapolation
+    return Beyond(seen.num_outside / max(1, seen.num_steps), beyond_notes(outcome))
 
 
 def foretold(settings: ClusterConfig, used: Mapping[Role, Profile], arrivals: Sequence[Arrival]) -> Outcome:

@@ -12,8 +12,8 @@ from pdserve.cluster.validation import (
     P99_LIMIT,
     Comparison,
     Figure,
-    Order,
 )
+from pdserve.cluster.validation_order import Order
 
 LARGE_LAG_MS = 20.0
 
@@ -26,14 +26,14 @@ HEADINGS = {
 }
 
 
-def render(comparisons: Sequence[Comparison], ranked: Sequence[Order]) -> Iterator[Table | str]:
+def render(comparisons: Sequence[Comparison], ranked: Sequence[Order], notes: Sequence[str]) -> Iterator[Table | str]:
     """Tables, then lines."""
     yield _errors(comparisons)
     yield _phases(comparisons)
     for order in ranked:
-        words = "the same order" if not order.swapped else f"{len(order.swapped)} pairs swapped"
-        real, simulated = " > ".join(order.real), " > ".join(order.simulated)
-        yield f"{order.workload} at {order.rate:g}/s: real {real}; simulated {simulated}: {words}"
+        sides = f"real {order.real}; simulated {order.simulated}"
+        yield f"{order.workload} at {order.rate:g}/s: {sides}: {order.verdict}"
+    yield from notes
     lag_ms = max((one.send_lag_ms for one in comparisons), default=0.0)
     if lag_ms > LARGE_LAG_MS:
         yield f"the load generator was up to {lag_ms:,.0f} ms late: its core is not its own, and TTFT not to be trusted"

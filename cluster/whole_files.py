@@ -6,7 +6,8 @@ For what took minutes to find out: whether it can be written is asked before the
 from __future__ import annotations
 
 import os
-import tempfile
+import secrets
+from contextlib import suppress
 from pathlib import Path
 
 from pdserve.proto.errors import ConfigError
@@ -17,8 +18,13 @@ def require_writable(option: str, path: Path) -> None:
     Raises:
         ConfigError: a file could not be written there, or what is there is no file.
     """
-    place = path.resolve()
-    if place.exists() and not place.is_file():
+    try:
+        place = path.resolve()
+        is_other = place.exists() and not place.is_file()
+    except (OSError, RuntimeError) as error:  # a name too long, a folder that may not be entered, links in a circle
+        why = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{option}: {path}: cannot be written: {why}") from error
+    if is_other:
         raise ConfigError(f"{option}: {path}: cannot be written: is no regular file")
     if not os.access(place.parent, os.W_OK):
         raise ConfigError(f"{option}: {path}: cannot be written; name a file in a folder that exists and is yours")
@@ -32,22 +38,16 @@ def write_whole(option: str, path: Path, text: str) -> None:
     """
     require_writable(option, path)
     place = path.resolve()
+    # Named before it is made: an interrupt finds it at any moment. Short: a name may be as long as names can be.
+    beside = place.with_name(f".pdserve-{secrets.token_hex(8)}")
     try:
-        handle, beside = tempfile.mkstemp(prefix=f".{place.name}.", dir=place.parent)
         try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
+            with beside.open("x", encoding="utf-8") as file:
                 file.write(text)
-            os.chmod(beside, 0o666 & ~_umask())
             os.replace(beside, place)
-        except OSError:
-            os.unlink(beside)
+        except BaseException:
+            with suppress(OSError):
+                beside.unlink(missing_ok=True)
             raise
     except OSError as error:
         raise ConfigError(f"{option}: {path}: cannot be written: {error.strerror or error}") from error
-
-
-def _umask() -> int:
-    """Reading it means setting it."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask

@@ -3,28 +3,38 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from planner_setups import make_config
 
-from pdserve.cluster.planner.profile import LinkCost, Overheads, dump, load
+from pdserve.cluster import launch, state
+from pdserve.cluster.config import ClusterConfig
+from pdserve.cluster.planner.profile import Contention, LinkCost, Overheads, Slowdown, dump, load
 from pdserve.cluster.planner.step_model import StepModel
-from pdserve.cluster.planner.step_shape import StepShape, chunk_pairs
+from pdserve.cluster.planner.step_shape import Company, StepShape, chunk_pairs
 from pdserve.cluster.profiling_clusters import (
     LONE_SHARE,
     MIXED_SHARE,
+    Say,
     cores_per_worker,
     handoff_sizes,
     mixed_config,
     pair_budgets,
     pair_config,
+    running,
 )
 from pdserve.cluster.profiling_plan import WorkerLimits
 from pdserve.cluster.profiling_profile import Finding, Identity, Surroundings, profile_of
 from pdserve.cluster.profiling_samples import Timing
-from pdserve.proto.errors import ConfigError
+from pdserve.proto.errors import ConfigError, StartupError
 from pdserve.proto.types import Role
 
 IDENTITY = Identity("tiny", "tiny-llama", "a test", 0.0, 4096, 32_768, 2048)
@@ -98,6 +108,35 @@ def test_what_is_thin_is_named() -> None:
     assert any(line.startswith("thin: mixed steps: none timed") for line in warnings)
 
 
+def test_where_steps_do_not_tell_what_company_costs_that_of_elsewhere_is_taken_out_of_them() -> None:
+    costs = Contention(
+        prefill=Slowdown(beside_prefill=0.2, beside_decode=0.2), decode=Slowdown(beside_prefill=0.2, beside_decode=0.2)
+    )
+    beside = Company(0.5, 0.5)  # always the same, so that with and without it were not both seen
+    timings = [Timing(shape, 1.2 * cost_s(shape), 1.2 * cost_s(shape), None, beside) for shape in shapes()]
+    told = profile_of(IDENTITY, timings, replace(AROUND, contention=costs), "a test")
+    assert told.profile.contention == costs
+    assert any("what company costs" in line for line in told.notes)
+    assert told.warnings == ()
+    for shape in shapes():
+        assert StepModel(told.profile).duration_s(shape) == pytest.approx(cost_s(shape), rel=0.05)
+
+
+def test_what_steps_tell_of_company_comes_before_what_is_known_from_elsewhere() -> None:
+    costs = Contention(
+        prefill=Slowdown(beside_prefill=0.9, beside_decode=0.9), decode=Slowdown(beside_prefill=0.9, beside_decode=0.9)
+    )
+    timings = []
+    for shape in shapes():
+        for share in (0.0, 0.5, 1.0):
+            seconds = cost_s(shape) * (1 + 0.2 * share)
+            timings.append(Timing(shape, seconds, seconds, None, Company(share, 0.0)))
+    told = profile_of(IDENTITY, timings, replace(AROUND, contention=costs), "a test")
+    assert told.profile.contention is not None
+    assert told.profile.contention.decode.beside_prefill == pytest.approx(0.2, abs=0.05)
+    assert not any("what company costs" in line for line in told.notes)
+
+
 def test_steps_of_one_phase_only_are_no_profile() -> None:
     with pytest.raises(ConfigError, match=r"none is a decode step.*raise --budget-s"):
         profile_of(IDENTITY, [Timing(StepShape(8, 32.0, 0, 0), 0.01, 0.01, None)], AROUND, "a test")
@@ -146,3 +185,50 @@ def test_every_kind_of_worker_is_measured_with_the_largest_steps_that_any_role_m
         for role in roles:
             engine = measured.engine_for(role)
             assert (engine.max_num_seqs, engine.max_num_batched_tokens) == (256, 4096)
+
+
+@pytest.fixture
+def head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[subprocess.Popen[bytes]]:
+    """A process in the place of a head, whose cluster is launched at once and never taken down by an error."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+
+        @contextmanager
+        def launched(config: ClusterConfig, progress: Say) -> Iterator[tuple[state.ClusterState, Any]]:
+            (state.prepare(config.name) / "head.log").write_text("a line")
+            yield state.ClusterState(config.name, "", {}, "", "model", process.pid, 0.0), process
+
+        monkeypatch.setattr(launch, "launched", launched)
+        yield process
+        process.kill()
+
+
+@pytest.mark.usefixtures("head")
+def test_a_measured_cluster_leaves_no_folder_and_those_of_others_stay() -> None:
+    config = mixed_config(make_config())
+    other = state.prepare("other")
+    with running(config, lambda line: None) as cluster:
+        assert state.state_dir(cluster.name).is_dir()
+    assert list(state.state_root().iterdir()) == [other]
+
+
+def test_a_cluster_that_was_interrupted_leaves_no_folder_once_its_head_is_down(head: subprocess.Popen[bytes]) -> None:
+    config = mixed_config(make_config())
+
+    def interrupted() -> None:
+        with running(config, lambda line: None):
+            assert launch.stop_process(head.pid)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert not state.state_dir(config.name).exists()
+
+
+@pytest.mark.usefixtures("head")
+def test_the_folder_of_a_head_that_does_not_end_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = mixed_config(make_config())
+    monkeypatch.setattr(launch, "stop_process", lambda pid, timeout_s: False)
+    with pytest.raises(StartupError, match="does not end"), running(config, lambda line: None):
+        pass
+    assert (state.state_dir(config.name) / "head.log").is_file()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,17 @@ def succeed(environment: dict[str, str], *arguments: str) -> str:
     return str(done.stdout)
 
 
+@contextmanager
+def load_on(environment: dict[str, str], name: str) -> Iterator[None]:
+    """For as long as the block takes."""
+    arguments = ("bench", "--name", name, "--num-prompts", "4000", "--request-rate", "20")
+    with subprocess.Popen([*PDSERVE, *arguments], env=environment, stdout=subprocess.DEVNULL) as bench:
+        try:
+            yield
+        finally:
+            bench.terminate()
+
+
 def test_a_measured_profile_can_be_simulated_validated_and_fitted_again(family_dir: FamilyDir, tmp_path: Path) -> None:
     assert PDSERVE
     environment = os.environ | {"XDG_STATE_HOME": str(tmp_path / "state"), "HF_HUB_OFFLINE": "1"}
@@ -61,9 +73,8 @@ def test_a_measured_profile_can_be_simulated_validated_and_fitted_again(family_d
     assert len(found["orders"]) == 1
 
     again = tmp_path / "again.json"
-    with running(environment, model, *SMALL) as cluster:
-        succeed(environment, "bench", "--name", cluster.name, "--num-prompts", "40", "--request-rate", "20")
-        arguments = ("profile", "--from-cluster", cluster.name, "--budget-s", "2", "--base", str(path))
+    with running(environment, model, *SMALL) as cluster, load_on(environment, cluster.name):
+        arguments = ("profile", "--from-cluster", cluster.name, "--budget-s", "4", "--base", str(path))
         words = succeed(environment, *arguments, "-o", str(again))
     assert "decode" in words
     assert load(again.read_text(), "again.json").links == profile.links

@@ -54,6 +54,37 @@ def test_the_folder_is_its_owners_alone() -> None:
     assert stat.S_IMODE(state.prepare("here").stat().st_mode) == 0o700
 
 
+def left_ray_folder(tmp_path: Path) -> Path:
+    """As a head leaves it that was killed."""
+    folder = tmp_path / "rays"
+    (folder / "session").mkdir(parents=True)
+    state.ray_folder_note("here").write_text(str(folder))
+    return folder
+
+
+def test_what_a_killed_head_left_goes_with_it(tmp_path: Path) -> None:
+    state.prepare("here")
+    folder = left_ray_folder(tmp_path)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as head:
+        state.write(cluster_of(head.pid))
+        launch.stop("here")
+    assert not folder.exists()
+    assert not state.ray_folder_note("here").exists()
+    state.sweep("here")  # nothing is left to do
+    state.sweep("nobody")
+
+
+def test_what_another_living_head_has_is_left_alone(tmp_path: Path) -> None:
+    state.prepare("here")
+    folder = left_ray_folder(tmp_path)
+    with state.lock("here") as is_ours:
+        assert is_ours
+        state.sweep("here")
+    assert folder.exists()
+    state.sweep("here")
+    assert not folder.exists()
+
+
 @pytest.mark.parametrize("name", ["", "../up", "A", "a b", "-a", "a" * 41, "a/b"])
 def test_a_name_that_is_no_name_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="not a cluster name"):

@@ -1,4 +1,4 @@
-"""How far a simulation is off, figure by figure; which order of set-ups is one; and set-ups in a word."""
+"""How far a simulation is off, figure by figure; what a refit takes from a run; and set-ups in a word."""
 
 from __future__ import annotations
 
@@ -11,13 +11,23 @@ from rich.console import Console
 from pdserve.cluster.arrivals import Arrival
 from pdserve.cluster.load import LoadResult, RequestRecord
 from pdserve.cluster.load_report import LoadReport, summarize
-from pdserve.cluster.planner.profile import PrefillRegion
+from pdserve.cluster.planner.profile import PrefillRegion, Range
 from pdserve.cluster.planner.step_model import StepModel
 from pdserve.cluster.planner.step_sample import StepSample
 from pdserve.cluster.planner.step_shape import StepShape, chunk_pairs
 from pdserve.cluster.profiling_samples import Timing
-from pdserve.cluster.validation import Comparison, Point, compare, orders
-from pdserve.cluster.validation_point import Judgement, adapted, foretold, judged_real, judged_simulated, step_error
+from pdserve.cluster.validation import Comparison, Point, compare
+from pdserve.cluster.validation_order import orders
+from pdserve.cluster.validation_point import (
+    Judgement,
+    adapted,
+    beyond_of,
+    foretold,
+    judged_real,
+    judged_simulated,
+    refitted,
+    step_error,
+)
 from pdserve.cluster.validation_report import render
 from pdserve.cluster.validation_run import MeasuredRun
 from pdserve.cluster.validation_setups import set_up_config
@@ -87,30 +97,16 @@ def test_a_figure_on_one_side_only_is_a_miss_and_on_neither_is_none() -> None:
     assert all(figure.is_within for figure in neither.figures)
 
 
-def test_set_ups_are_ranked_by_attainment_and_close_ones_are_no_order() -> None:
-    def at(setup: str, real: int, simulated: int) -> Comparison:
-        here, there = (report(0.050, num_missed=missed, num_requests=100) for missed in (real, simulated))
-        return comparison(setup, here, there)
-
-    (same,) = orders([at("2M", 10, 12), at("1P1D", 30, 25)])
-    assert same.real == same.simulated == ("2M", "1P1D")
-    assert not same.swapped
-    (tied,) = orders([at("2M", 10, 12), at("1P1D", 11, 10)])
-    assert not tied.swapped
-    (swapped,) = orders([at("2M", 10, 40), at("1P1D", 30, 10)])
-    assert swapped.swapped == (("2M", "1P1D"),)
-    assert orders([at("2M", 10, 10)]) == ()
-
-
 def test_the_table_marks_what_is_beyond_its_limit() -> None:
     found = [comparison("2M", report(0.050), report(0.100)), comparison("1P1D", report(0.050), report(0.050))]
     console = Console(width=200, record=True)
-    for part in render(found, orders(found)):
+    for part in render(found, orders(found), ["1M: a note"]):
         console.print(part)
     text = console.export_text()
     assert "50.0 > 100.0 +100% !" in text
     assert "100.0% > 100.0% +0.0" in text
-    assert "the same order" in text
+    assert "short at 1/s: real 2M = 1P1D; simulated 1P1D > 2M: real cannot tell" in text
+    assert "1M: a note" in text
     assert "7 of 10 figures within their limits" in text
 
 
@@ -151,6 +147,35 @@ def test_a_refit_takes_step_times_from_the_run_and_everything_else_from_the_prof
     for sample in slower:
         assert StepModel(found).duration_s(sample.shape) == pytest.approx(sample.duration_s, rel=0.02)
     assert (found.links, found.overheads) == (profile.links, profile.overheads)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "words"),
+    [
+        ([StepShape(8, 32.0, 0, 0), StepShape(32, 500.0, 0, 0)], "no decode step to take step times from"),
+        ([StepShape(0, 0.0, 1, 10), StepShape(0, 0.0, 2, 20)], "no prefill step to take step times from"),
+        ([], "no step was recorded"),
+    ],
+    ids=["decode", "prefill", "none"],
+)
+def test_a_run_that_a_refit_learns_nothing_from_is_named(shapes: list[StepShape], words: str) -> None:
+    samples = [StepSample(shape, 0.01) for shape in shapes]
+    with pytest.raises(ConfigError, match=f"^--refit: 1M, short at 2/s: .*{words}"):
+        refitted({Role.MIXED: make_profile()}, samples, Point("1M", "short", 2.0))
+
+
+def test_a_simulation_beyond_its_profile_says_so() -> None:
+    arrivals = [Arrival(0.0, 1100, 4)]
+    assert beyond_of(foretold(make_config(), dict.fromkeys(Role, make_profile()), arrivals)).lines == ()
+    known = Range(smallest=1, largest=64)
+    narrow = make_profile().model_copy(
+        update={"domain": make_profile().domain.model_copy(update={"chunk_tokens": known})}
+    )
+    beyond = beyond_of(foretold(make_config(), dict.fromkeys(Role, narrow), arrivals))
+    assert 0.0 < beyond.share < 1.0
+    (line,) = beyond.lines
+    assert line.startswith("beyond what was measured: ")
+    assert "prefill tokens" in line
 
 
 def test_the_profiles_error_is_on_the_steps_that_were_taken_by_each_role() -> None:

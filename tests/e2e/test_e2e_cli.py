@@ -11,6 +11,7 @@ import subprocess
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -207,13 +208,19 @@ def test_a_signal_during_up_or_while_serving_takes_everything_down(
             assert up.stdout is not None
             if wait_until_serving:
                 assert "serving" in up.stdout.readline()
-            else:
-                head = wait_for_head(up.pid)
+            head = wait_for_head(up.pid)
+            ours = [head, *head.children(recursive=True)]
+            folders = {Path(match) for process in ours for match in re.findall(RAY_FOLDER, command_line(process))}
+            assert folders or not wait_until_serving
             number = signal.SIGINT if wait_until_serving else signal.SIGTERM
             up.send_signal(number)
-            up.wait(timeout=60)
+            while up.poll() is None:  # who is impatient does not cut the taking down short
+                with suppress(psutil.NoSuchProcess):
+                    head.send_signal(signal.SIGTERM)
+                time.sleep(0.02)
         assert run(private_environment, "status", "--name", "signalled").returncode == 2
         assert not head.is_running()
+        assert not any(folder.exists() for folder in folders)
 
 
 def wait_for_head(pid: int) -> psutil.Process:
