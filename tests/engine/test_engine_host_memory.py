@@ -14,11 +14,13 @@ if {keep}:
     assert keep_freed_memory()
 
 def faults() -> None:
-    for _ in range(3):
+    found = []
+    for _ in range(8):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         sum(torch.ones(size << 18).sum() for size in (1, 8, 48))  # 1, 8 and 48 MiB, one after the other
-        last = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-    print(last)
+        found.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    # The first steps make the heap, and something small that another thread keeps may split it once more.
+    print(min(found[2:]))
 
 thread = threading.Thread(target=faults)  # as the engine: in a thread of its own
 thread.start()
