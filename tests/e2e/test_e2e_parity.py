@@ -57,7 +57,7 @@ CASES = (
 
 def params() -> list[Any]:
     """A cluster takes a quarter of a minute: those whose roles and links others have too are left to CI."""
-    slow = ("demo, 1P1D", "mistral, 1P1D, shm", "gemma2, 1P2D, gloo")
+    slow = ("demo, 1P1D", "mistral, 1P1D, shm", "qwen3, 2P1D, shm", "gemma2, 1P2D, gloo")
     return [pytest.param(case, id=case.label, marks=[pytest.mark.slow] if case.label in slow else []) for case in CASES]
 
 
