@@ -162,9 +162,17 @@ class InferenceServicer(rpc.InferenceServicer):
         """Writes to one client; gives up on one that does not read."""
         stall_timeout_s = self._config.stall_timeout_s
 
+        has_begun = False
+
         async def emit(response: pb.GenerateResponse) -> None:
+            nonlocal has_begun
             try:
                 async with asyncio.timeout(stall_timeout_s):
+                    if not has_begun:
+                        # Apart from the first message: grpc notes that they were sent when that is through, and after
+                        # one that never is the call could not be ended, as it would send them again.
+                        await context.send_initial_metadata(())
+                        has_begun = True
                     await context.write(response)
             except TimeoutError as error:
                 raise Overloaded("the client reads too slowly") from error

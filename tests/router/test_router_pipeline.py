@@ -252,7 +252,8 @@ def big_tokens(num_tokens: int) -> tuple[TokenInfo, ...]:
     return (TokenInfo(7, -1.0, tuple((token_id, -2.0) for token_id in range(400))),) * num_tokens
 
 
-async def test_a_reader_that_stalls_is_ended_and_costs_the_others_nothing(bare_model_dir: Path) -> None:
+@pytest.mark.parametrize("num_first", [1, 60], ids=["stalls later", "never takes the first message"])
+async def test_a_reader_that_stalls_is_ended_and_costs_the_others_nothing(bare_model_dir: Path, num_first: int) -> None:
     limits = {"stall_timeout_s": 0.3, "max_buffered_tokens": 64, "max_logprobs": 400}
     async with scene_of(bare_model_dir, split_pair(), **limits) as scene:
         p0, d0 = scene.workers
@@ -271,8 +272,8 @@ async def test_a_reader_that_stalls_is_ended_and_costs_the_others_nothing(bare_m
             )(request)
             await until(lambda: p0.prefills)
             id = p0.prefills[0][0].id
-            p0.emit(SequenceEvent(id, 0, big_tokens(1)))
-            index = 1
+            p0.emit(SequenceEvent(id, 0, big_tokens(num_first)))
+            index = num_first
             while not d0.aborts and index < 4000:
                 d0.emit(SequenceEvent(id, index, big_tokens(8)))
                 index += 8
@@ -283,7 +284,8 @@ async def test_a_reader_that_stalls_is_ended_and_costs_the_others_nothing(bare_m
             await until(
                 lambda: scene.metric("pdserve_requests_total", status="RESOURCE_EXHAUSTED", finish_reason="") == 1
             )
-            assert (await error_of(slow)).code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            async with asyncio.timeout(20):
+                assert (await error_of(slow)).code() is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
 async def cancelled_by_its_client(scene: Scene, request_id: str) -> None:
